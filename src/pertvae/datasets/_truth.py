@@ -1,0 +1,102 @@
+"""The truth of a simulated screen: written to ``uns["truth"]`` and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from pertvae._storage import read_table, write_table
+
+TRUTH_KEY = "truth"
+_TABLES = ("mask", "effects", "shifts")
+
+
+@dataclass
+class Truth:
+    """What a simulated screen was made from.
+
+    Parameters
+    ----------
+    kind
+        Kind of screen.
+    mask
+        Which latents a perturbation moves, perturbations x latents (0 or 1).
+    effects
+        By how much, perturbations x latents; zero where the mask is.
+    shifts
+        The oracle: expected shift of every condition but the control, conditions x genes, in ``shift_space``.
+    control_profile
+        Expected profile of control cells, one value a gene, in ``shift_space``.
+    genes
+        What belongs to genes (baseline, dispersion, batch shifts, as the kind has them), genes as rows.
+    decoder
+        Weights of the decoder by layer (in x out), and ``center`` and ``scale`` of its output.
+    settings
+        Arguments of the simulation, the seed among them.
+    shift_space
+        ``"log1p_cp10k"`` for counts, ``"identity"`` for real values.
+    """
+
+    kind: str
+    mask: pd.DataFrame
+    effects: pd.DataFrame
+    shifts: pd.DataFrame
+    control_profile: pd.Series
+    genes: pd.DataFrame
+    decoder: dict[str, np.ndarray] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    shift_space: str = "log1p_cp10k"
+
+
+def write_truth(adata: ad.AnnData, truth: Truth) -> None:
+    """Write the truth to ``adata.uns["truth"]``, in a form that survives ``write_h5ad``."""
+    group: dict[str, Any] = {"kind": truth.kind, "shift_space": truth.shift_space}
+    for name in _TABLES:
+        write_table(group, name, getattr(truth, name))
+    group["genes"] = truth.genes.assign(control_profile=truth.control_profile)
+    group["decoder"] = dict(truth.decoder)
+    group["settings"] = dict(truth.settings)
+    adata.uns[TRUTH_KEY] = group
+
+
+def read_truth(adata: ad.AnnData) -> Truth:
+    """Return the truth of a simulated screen.
+
+    Parameters
+    ----------
+    adata
+        A screen from :func:`pertvae.datasets.simulate_screen`, also after ``write_h5ad`` and back. Not changed.
+
+    Returns
+    -------
+    Truth
+        Masks, effects, the oracle's shifts and control profile, gene parameters, decoder and settings. It speaks of
+        all simulated genes and conditions, whatever subset of them ``adata`` still has.
+
+    Raises
+    ------
+    KeyError
+        If ``adata.uns["truth"]`` is missing.
+    """
+    if TRUTH_KEY not in adata.uns:
+        raise KeyError(
+            f"uns[{TRUTH_KEY!r}] is missing: the truth is known for screens from pertvae.datasets.simulate_screen only."
+        )
+    group: Mapping[str, Any] = adata.uns[TRUTH_KEY]
+    genes = group["genes"]
+    return Truth(
+        kind=str(group["kind"]),
+        mask=read_table(group, "mask"),
+        effects=read_table(group, "effects"),
+        shifts=read_table(group, "shifts"),
+        control_profile=genes["control_profile"],
+        genes=genes.drop(columns="control_profile"),
+        decoder={k: np.asarray(v) for k, v in group["decoder"].items()},
+        settings={k: v.item() if isinstance(v, np.generic) else v for k, v in group["settings"].items()},
+        shift_space=str(group["shift_space"]),
+    )

@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all their set-up themselves: a virtual environment in $(VENV), made once.
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := $(VENV)/bin
 
 # One thread a process: on small machines two workers with two threads each are slower than either alone.
@@ -52,7 +52,8 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "wrote docs/_build/html/index.html"
 
 clean:
 	rm -rf build dist results/demo docs/_build docs/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis

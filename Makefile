@@ -4,9 +4,6 @@ VENV ?= .venv
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := $(VENV)/bin
 
-# One thread a process: on small machines two workers with two threads each are slower than either alone.
-export OMP_NUM_THREADS ?= 1
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow lint format docs clean
 
@@ -35,6 +32,9 @@ $(VENV)/.installed-docs: $(VENV)/.installed-test
 
 demo: $(VENV)/.installed-test
 	$(BIN)/pertvae benchmark --simulate --models samsvae --out results/demo
+
+# Workers times threads is the number of cores, never more.
+test slow: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)

@@ -111,7 +111,7 @@ def doc_of(name: str) -> str:
     function = CALLABLES[name]
     doc = inspect.getdoc(function) or ""
     if inspect.isclass(function) and "__init__" in vars(function):
-        doc += "\n\n" + (inspect.getdoc(function.__init__) or "")
+        doc += "\n\n" + inspect.cleandoc(function.__init__.__doc__ or "")
     return doc
 
 

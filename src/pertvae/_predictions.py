@@ -6,11 +6,14 @@ log1p CP10k of a block minus the same for zero dose) stand in ``uns`` as a store
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -87,15 +90,12 @@ def prediction_anndata(
     ``uns["pertvae"]`` and ``uns[shift_key]``.
     """
     everything = [*blocks, controls]
-    obs = pd.concat([block_obs(b, perturbation_key, generated=b is not controls) for b in everything])
+    obs = _join_obs([block_obs(b, perturbation_key, generated=b is not controls) for b in everything])
     dense = any(not sp.issparse(b.x) for b in blocks)
     if dense:
         x: Any = np.concatenate([_dense(b.x) for b in everything]).astype(np.float32, copy=False)
     else:
         x = sp.vstack([sp.csr_matrix(b.x) for b in everything], format="csr").astype(np.float32)
-    for column in obs.columns:
-        if obs[column].dtype == object:
-            obs[column] = obs[column].astype(str)
     result = ad.AnnData(X=x, obs=obs, var=var.copy())
     if blocks and all(b.mean is not None for b in blocks):
         if dense:
@@ -107,6 +107,69 @@ def prediction_anndata(
     write_table(result.uns, shift_key, shifts)
     result.uns[UNS_PROVENANCE_KEY] = {**provenance, "shifts": shift_key}
     return result
+
+
+def write_prediction(
+    path: str,
+    blocks: Iterable[Block],
+    controls: Block,
+    var: pd.DataFrame,
+    perturbation_key: str,
+    shifts: Callable[[], pd.DataFrame],
+    shift_key: str,
+    provenance: Mapping[str, Any],
+) -> ad.AnnData:
+    """Write blocks to an h5ad file as they come, so that one block at a time is in memory.
+
+    Parameters
+    ----------
+    path
+        File to write; it appears whole or not at all.
+    blocks, controls, var, perturbation_key, shift_key, provenance
+        See :func:`prediction_anndata`.
+    shifts
+        Called after the last block.
+
+    Returns
+    -------
+    The file, opened in backed mode. Its ``X`` is CSR for counts; expected counts are stored as CSR too.
+    """
+    scratch = f"{path}.partial"
+    frames: list[pd.DataFrame] = []
+    try:
+        with h5py.File(scratch, "w") as file:
+            for block in itertools.chain(blocks, [controls]):
+                x = sp.csr_matrix(block.x, dtype=np.float32)
+                if not frames:
+                    # the first block fixes the type of the row pointers, which later blocks may outgrow
+                    x.indptr = x.indptr.astype(np.int64)
+                    ad.io.write_elem(file, "X", x)
+                else:
+                    ad.io.sparse_dataset(file["X"]).append(x)
+                frames.append(block_obs(block, perturbation_key, generated=block is not controls))
+            small = ad.AnnData(obs=_join_obs(frames), var=var.copy())
+            small.obs_names_make_unique()
+            write_table(small.uns, shift_key, shifts())
+            small.uns[UNS_PROVENANCE_KEY] = {**provenance, "shifts": shift_key}
+            for key, value in (("obs", small.obs), ("var", small.var), ("uns", dict(small.uns))):
+                ad.io.write_elem(file, key, value)
+            for key in ("layers", "obsm", "obsp", "varm", "varp"):
+                ad.io.write_elem(file, key, {})
+            file.attrs["encoding-type"], file.attrs["encoding-version"] = "anndata", "0.1.0"
+        os.replace(scratch, path)
+    finally:
+        if os.path.exists(scratch):
+            os.remove(scratch)
+    return ad.read_h5ad(path, backed="r")
+
+
+def _join_obs(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the obs of all blocks, text as text."""
+    obs = pd.concat(frames)
+    for column in obs.columns:
+        if obs[column].dtype == object:
+            obs[column] = obs[column].astype(str)
+    return obs
 
 
 def predicted_shifts(predicted: ad.AnnData) -> pd.DataFrame:

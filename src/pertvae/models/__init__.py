@@ -1,0 +1,5 @@
+"""Perturbation models."""
+
+from pertvae.models.samsvae import SAMSVAE
+
+__all__ = ["SAMSVAE"]

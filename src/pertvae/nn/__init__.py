@@ -1,0 +1,20 @@
+"""Blocks that two or more methods share."""
+
+from pertvae.nn._effects import EffectSample, SparseEffects
+from pertvae.nn._likelihoods import GENE_LIKELIHOODS, ExpressionDecoder, nb_log_prob, poisson_log_prob
+from pertvae.nn._masks import mask_kl, sample_mask
+from pertvae.nn._mlp import MLP, GaussianHead, gaussian_kl
+
+__all__ = [
+    "GENE_LIKELIHOODS",
+    "MLP",
+    "EffectSample",
+    "ExpressionDecoder",
+    "GaussianHead",
+    "SparseEffects",
+    "gaussian_kl",
+    "mask_kl",
+    "nb_log_prob",
+    "poisson_log_prob",
+    "sample_mask",
+]

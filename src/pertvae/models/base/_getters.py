@@ -1,0 +1,341 @@
+"""Latents, programs, treatment effects and likelihoods of every model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from mudata import MuData
+from torch import Tensor
+
+from pertvae._constants import CP10K
+from pertvae._labels import hint
+from pertvae._storage import write_tables
+from pertvae.models.base._access import INNER_BLOCK, control_indices, minibatches, row_indices
+from pertvae.models.base._requests import parse_requests
+from pertvae.models.base._results import PerturbationPrograms, TreatmentEffects
+from pertvae.models.base._streams import purpose_seed
+
+if TYPE_CHECKING:
+    from pertvae.models.base._model import PerturbationModel
+
+PROGRAM_CELLS = 500
+EFFECT_CELLS = 100
+SPACES = ("log1p_cp10k", "log2_fold_change")
+
+
+class GettersMixin:
+    """Getters that return their result and write it to the AnnData."""
+
+    @torch.inference_mode()
+    def get_latent_representation(  # type: ignore[override]
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        kind: str = "full",
+        give_mean: bool = True,
+        seed: int = 0,
+        batch_size: int | None = None,
+        key_added: str | None = "auto",
+    ) -> np.ndarray:
+        """Return the latent representation of cells, encoded under their own labels.
+
+        Parameters
+        ----------
+        adata
+            Data to encode; the registered data by default.
+        indices
+            Cells; all by default.
+        kind
+            ``"full"``: what the decoder reads. ``"basal"``: free of the perturbation. ``"perturbation"``: the expected
+            shift, zero for controls.
+        give_mean
+            Posterior mean; otherwise one draw of the basal state (with the expected shift).
+        seed
+            Of that draw.
+        batch_size
+            Cells read at a time.
+        key_added
+            ``adata.obsm`` key; ``"auto"`` is ``"X_<model>"``, ``"X_<model>_<kind>"`` for other kinds; ``None``
+            writes nothing.
+
+        Returns
+        -------
+        float32 array, cells x latents.
+
+        Raises
+        ------
+        ValueError
+            If ``kind`` is not offered.
+        RuntimeError
+            If the model is not trained.
+
+        Notes
+        -----
+        Writes ``adata.obsm`` when all cells were asked for.
+        """
+        model = cast("PerturbationModel", self)
+        model._check_if_trained(warn=False)
+        kinds = model.capabilities.latent_kinds
+        if kind not in kinds:
+            raise ValueError(f"kind={kind!r} is not offered by {type(self).__name__}: one of {list(kinds)}.")
+        adata = model._validate_anndata(adata)
+        rows = row_indices(adata, indices)
+        unique, inverse = np.unique(rows, return_inverse=True)
+        result = np.zeros((len(unique), model.module.n_latent), np.float32)
+        noise = np.zeros_like(result) if give_mean else np.random.default_rng(seed).standard_normal(result.shape, "f4")
+        for positions, tensors in minibatches(model, adata, unique, batch_size):
+            n = len(positions)
+            inputs = model.module._get_inference_input(tensors)
+            value = model.module.offset(inputs["doses"])[:n].cpu().numpy() if kind != "basal" else 0.0
+            if kind != "perturbation":
+                mean, sd = (t[:n].cpu().numpy() for t in model.module.basal_posterior(inputs))
+                value = value + mean + sd * noise[positions]
+            result[positions] = value
+        result = result[inverse]
+        if key_added is not None and len(rows) == adata.n_obs and (rows == np.arange(adata.n_obs)).all():
+            name = f"X_{type(self).__name__.lower()}" + ("" if kind == "full" else f"_{kind}")
+            adata.obsm[name if key_added == "auto" else key_added] = result
+        return result
+
+    @torch.inference_mode()
+    def get_perturbation_programs(
+        self, adata: AnnData | MuData | None = None, key_added: str | None = "auto"
+    ) -> PerturbationPrograms:
+        """Return which perturbation moves which program, with what probability, and what each program does to genes.
+
+        Parameters
+        ----------
+        adata
+            Data whose controls (at most 500) the loadings are averaged over; the registered data by default.
+        key_added
+            ``adata.uns`` key; ``"auto"`` is ``"<model>_programs"``; ``None`` writes nothing.
+
+        Returns
+        -------
+        :class:`PerturbationPrograms`: ``effects`` and ``inclusion`` (perturbations x programs), ``loadings``
+        (programs x genes; mean over controls of log2 of a gene's share of expression after a rise by one unit over
+        that before; for real values the mean difference).
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        ValueError
+            If there is no control cell.
+
+        Notes
+        -----
+        Writes ``adata.uns[key]`` with the tables ``effects``, ``inclusion``, ``loadings`` (transposed), each with its
+        ``<table>_names``.
+        """
+        model = cast("PerturbationModel", self)
+        model._check_if_trained(warn=False)
+        adata = model._validate_anndata(adata)
+        z, covariates = self._control_states(adata, PROGRAM_CELLS)
+        effects, inclusion = (t.cpu().numpy() for t in model.module.program_tables())
+        names = [f"program_{k}" for k in range(effects.shape[1])]
+        before = self._expression(z, covariates)
+        loadings = np.empty((len(names), model.module.shape.n_genes), np.float32)
+        for k in range(len(names)):
+            step = torch.zeros(model.module.n_latent, device=z.device)
+            step[k] = 1.0
+            loadings[k] = (self._expression(z + step, covariates) - before).mean(0).cpu().numpy()
+        genes = pd.Index(np.asarray(model.get_gene_names()))
+        programs = PerturbationPrograms(
+            pd.DataFrame(effects, index=model.perturbation_names, columns=names),
+            pd.DataFrame(inclusion, index=model.perturbation_names, columns=names),
+            pd.DataFrame(loadings, index=names, columns=genes),
+        )
+        if key_added is not None:
+            key = f"{type(self).__name__.lower()}_programs" if key_added == "auto" else key_added
+            write_tables(adata.uns, key, vars(programs))
+        return programs
+
+    @torch.inference_mode()
+    def get_treatment_effects(
+        self,
+        perturbations: str | Sequence[str] | pd.DataFrame | None = None,
+        n_samples: int = 100,
+        space: Literal["log1p_cp10k", "log2_fold_change"] = "log1p_cp10k",
+        credible: float = 0.9,
+        protocol: Literal["matched"] = "matched",
+        seed: int = 0,
+        key_added: str | None = "auto",
+    ) -> TreatmentEffects:
+        """Return average treatment effects on expected expression, with credible intervals.
+
+        Each of ``n_samples`` posterior draws of the effects shifts the same (at most 100) control cells; their mean
+        change is one draw of the average treatment effect.
+
+        Parameters
+        ----------
+        perturbations
+            Labels or doses as in :meth:`predict_perturbation`; every component by default.
+        n_samples
+            Posterior draws; 100 give the ends of a 90% interval to about a tenth of its width.
+        space
+            ``"log1p_cp10k"``: change of log1p(1e4 rho), rho the expected share of a gene.
+            ``"log2_fold_change"``: change of log2 rho.
+        credible
+            Mass of the interval.
+        protocol
+            ``"matched"``: the same basal states with and without the perturbation.
+        seed
+            Of the draws.
+        key_added
+            ``adata.uns`` key; ``"auto"`` is ``"<model>_effects"``; ``None`` writes nothing.
+
+        Returns
+        -------
+        :class:`TreatmentEffects` with ``mean``, ``lower``, ``upper`` (perturbations x genes).
+
+        Raises
+        ------
+        ValueError
+            If the method has no posterior of effects, or an argument is not accepted.
+        RuntimeError
+            If the model is not trained.
+
+        Notes
+        -----
+        Writes the registered AnnData's ``uns[key]`` with the tables ``mean``, ``lower``, ``upper`` (transposed).
+        """
+        model = cast("PerturbationModel", self)
+        model._check_if_trained(warn=False)
+        if not model.capabilities.credible_effects:
+            raise ValueError(f"{type(self).__name__} has no posterior of its effects: use predict_perturbation.")
+        if space not in SPACES:
+            raise ValueError(f"space={space!r} is not one of {list(SPACES)}.{hint(space, SPACES)}")
+        if protocol != "matched":
+            raise ValueError(f"protocol={protocol!r} is not one of ['matched'].")
+        if not 0 < credible < 1:
+            raise ValueError(f"credible={credible} is not between 0 and 1.")
+        if n_samples < 2:
+            raise ValueError(f"n_samples={n_samples}: an interval needs at least 2 draws.")
+        requests, _ = parse_requests(
+            model, model.perturbation_names if perturbations is None else perturbations, "raise"
+        )
+        adata = model._validate_anndata(None)
+        z, covariates = self._control_states(adata, EFFECT_CELLS)
+        before = self._expression(z, covariates, space)
+        position = {c: j for j, c in enumerate(model.perturbation_names)}
+        tables = np.empty((3, len(requests), model.module.shape.n_genes), np.float32)
+        for i, request in enumerate(requests):
+            # noise keyed by the label alone, so that the other labels asked for do not matter
+            generator = torch.Generator().manual_seed(purpose_seed(seed, request.key))
+            shape = (n_samples, len(request.doses), model.module.n_latent)
+            uniform, normal = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
+            components = torch.tensor([position[c] for c in request.doses], dtype=torch.long, device=z.device)
+            doses = torch.tensor(list(request.doses.values()), dtype=torch.float32, device=z.device)
+            draws = torch.zeros(n_samples, model.module.n_latent, device=z.device)
+            if request.doses:
+                draws = model.module.draw_offset(components, doses, uniform.to(z.device), normal.to(z.device))
+            change = torch.stack([(self._expression(z + o, covariates, space) - before).mean(0) for o in draws])
+            tails = torch.tensor([(1 - credible) / 2, (1 + credible) / 2], device=z.device)
+            tables[0, i] = change.mean(0).cpu().numpy()
+            tables[1:, i] = torch.quantile(change, tails, dim=0).cpu().numpy()
+        genes = pd.Index(np.asarray(model.get_gene_names()))
+        mean, lower, upper = (pd.DataFrame(t, index=[r.label for r in requests], columns=genes) for t in tables)
+        effects = TreatmentEffects(mean, lower, upper)
+        if key_added is not None:
+            key = f"{type(self).__name__.lower()}_effects" if key_added == "auto" else key_added
+            write_tables(adata.uns, key, vars(effects))
+        return effects
+
+    @torch.inference_mode()
+    def get_marginal_ll(  # type: ignore[override]
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        n_mc_samples: int = 100,
+        return_mean: bool = True,
+        batch_size: int | None = None,
+        seed: int = 0,
+        n_mc_samples_per_pass: int = 10,
+        **kwargs: Any,
+    ) -> float | Tensor:
+        """Return the importance-weighted log-likelihood (IWELBO) of cells, nats a cell.
+
+        Masks and effects are drawn once and shared by all cells; they are not scored against their prior, as in the
+        paper's evaluation.
+
+        Parameters
+        ----------
+        adata, indices
+            Cells; all of the registered data by default.
+        n_mc_samples
+            Draws a cell; the bound tightens with more.
+        return_mean
+            The mean over cells, or one value a cell.
+        batch_size
+            Cells read at a time.
+        seed
+            Of the draws.
+        n_mc_samples_per_pass
+            Draws held in memory at a time.
+        **kwargs
+            Accepted for scvi-tools' callers and not used.
+
+        Returns
+        -------
+        A float, or a tensor of one value a cell.
+
+        Raises
+        ------
+        ValueError
+            If the method has no such likelihood.
+        """
+        model = cast("PerturbationModel", self)
+        if not model.capabilities.marginal_ll:
+            raise ValueError(f"{type(self).__name__} has no marginal likelihood.")
+        adata = model._validate_anndata(adata)
+        rows = row_indices(adata, indices)
+        unique, inverse = np.unique(rows, return_inverse=True)
+        generator = torch.Generator(model.device).manual_seed(seed)
+        sizes = [n_mc_samples_per_pass] * (n_mc_samples // n_mc_samples_per_pass)
+        sizes += [n_mc_samples % n_mc_samples_per_pass] if n_mc_samples % n_mc_samples_per_pass else []
+        globals_ = [model.module.draw_globals(size, generator) for size in sizes]
+        values = torch.empty(len(unique))
+        for positions, tensors in minibatches(model, adata, unique, batch_size):
+            total = torch.full((INNER_BLOCK,), -torch.inf, device=model.device)
+            for sample in globals_:
+                weights = model.module.log_weights(tensors, sample, generator)
+                total = torch.logaddexp(total, torch.logsumexp(weights, 0))
+            values[positions] = (total - np.log(n_mc_samples))[: len(positions)].cpu()
+        values = values[inverse]
+        return float(values.mean()) if return_mean else values
+
+    # ---------------------------------------------------------------- steps
+
+    def get_gene_names(self) -> np.ndarray:
+        """Return the names of the registered genes, in their order."""
+        model = cast("PerturbationModel", self)
+        return np.asarray(model.registry_["field_registries"]["X"]["state_registry"]["column_names"])
+
+    def _control_states(self, adata: AnnData | MuData, n_cells: int) -> tuple[Tensor, Tensor | None]:
+        """Return posterior means of the basal state and covariates of at most ``n_cells`` controls."""
+        model = cast("PerturbationModel", self)
+        pool = control_indices(model, adata)
+        rows = np.sort(np.random.default_rng(0).permutation(pool)[:n_cells])
+        states, covariates = [], []
+        for positions, tensors in minibatches(model, adata, rows):
+            inputs = model.module._get_inference_input(tensors)
+            states.append(model.module.basal_posterior(inputs)[0][: len(positions)])
+            encoded = model.module.covariates(*(inputs[k] for k in ("batch_index", "labels", "cat_covs", "cont_covs")))
+            if encoded is not None:
+                covariates.append(encoded[: len(positions)])
+        return torch.cat(states), torch.cat(covariates) if covariates else None
+
+    def _expression(self, z: Tensor, covariates: Tensor | None, space: str = "log2_fold_change") -> Tensor:
+        """Return expected expression on a log scale (real values: as it is), cells x genes."""
+        model = cast("PerturbationModel", self)
+        px = model.module.decoder(z, covariates, torch.ones(len(z), 1, device=z.device))
+        if model.module.gene_likelihood == "normal":
+            return px.loc
+        rho = px.scale
+        return torch.log1p(CP10K * rho) if space == "log1p_cp10k" else torch.log2(rho.clamp(min=1e-12))

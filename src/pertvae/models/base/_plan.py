@@ -1,0 +1,152 @@
+"""The training plan of all methods, and the statistics it hands to the module when the fit starts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
+from scvi.module.base import LossOutput
+from scvi.train import TrainingPlan
+
+from pertvae._constants import PERTURBATION_REGISTRY_KEY
+from pertvae._expression import row_blocks
+from pertvae.models.base._module import PerturbationModule, TrainingStatistics
+
+MONITOR = "objective_validation"
+"""Reconstruction + local KL + global KL / training cells, nats a cell, at full KL weight."""
+
+
+def training_statistics(manager: AnnDataManager, cells: np.ndarray, log1p: bool) -> TrainingStatistics:
+    """Compute the statistics of the training cells in one pass over sparse or backed data.
+
+    Parameters
+    ----------
+    manager
+        Manager of the registered data.
+    cells
+        Row indices of the training cells.
+    log1p
+        Take the statistics of log1p counts, else of the values themselves.
+    """
+    cells = np.sort(np.asarray(cells))
+    x = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    n_genes = x.shape[1]
+    total, squares = np.zeros(n_genes), np.zeros(n_genes)
+    for _, block in row_blocks(x, cells):
+        if sp.issparse(block):
+            y = block.astype(np.float64)
+            y.data = np.log1p(y.data) if log1p else y.data
+            total += np.asarray(y.sum(axis=0)).ravel()
+            squares += np.asarray(y.multiply(y).sum(axis=0)).ravel()
+        else:
+            dense = np.log1p(block.astype(np.float64)) if log1p else block.astype(np.float64)
+            total += dense.sum(axis=0)
+            squares += (dense**2).sum(axis=0)
+    mean = total / len(cells)
+    variance = np.maximum(squares - len(cells) * mean**2, 0.0) / max(len(cells) - 1, 1)
+    doses = manager.get_from_registry(PERTURBATION_REGISTRY_KEY)[cells]
+    return TrainingStatistics(
+        input_mean=mean,
+        input_sd=np.sqrt(variance),
+        cells_per_component=np.bincount(doses.indices[doses.data != 0], minlength=doses.shape[1]),
+        n_cells=len(cells),
+    )
+
+
+class PerturbationTrainingPlan(TrainingPlan):
+    """scvi-tools' plan with the settings these models need.
+
+    Adam's eps is 1e-8: with scvi-tools' 0.01 the small gradients of masks and effects hardly move them. The KL has
+    full weight from the start unless a warm-up is asked for. Training statistics come from the training cells when
+    the fit starts. Scalar metrics are logged outside inference mode, where distributed training may reduce them.
+
+    Parameters
+    ----------
+    module
+        The module.
+    manager
+        Manager of the training data, or ``None`` when a datamodule brings its own statistics.
+    lr, eps, weight_decay, n_epochs_kl_warmup
+        As in scvi-tools, with other defaults.
+    **kwargs
+        Passed to :class:`scvi.train.TrainingPlan`.
+    """
+
+    def __init__(
+        self,
+        module: PerturbationModule,
+        *,
+        manager: AnnDataManager | None = None,
+        lr: float = 1e-3,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-6,
+        n_epochs_kl_warmup: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            module, lr=lr, eps=eps, weight_decay=weight_decay, n_epochs_kl_warmup=n_epochs_kl_warmup, **kwargs
+        )
+        self._manager = manager
+
+    def on_fit_start(self) -> None:
+        """Set training counts and input statistics from the training cells."""
+        super().on_fit_start()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        cells = getattr(datamodule, "train_idx", None)
+        if self._manager is not None and cells is not None:
+            log1p = self.module.gene_likelihood != "normal"
+            self.module.set_training_statistics(training_statistics(self._manager, cells, log1p))
+
+    def compute_and_log_metrics(self, loss_output: LossOutput, metrics: dict, mode: str) -> None:
+        """Log as scvi-tools does, scalar extras outside inference mode."""
+        plain = dataclasses.replace(loss_output, extra_metrics={})
+        super().compute_and_log_metrics(plain, metrics, mode)
+        for key, value in (loss_output.extra_metrics or {}).items():
+            self.log(
+                f"{key}_{mode}",
+                torch.as_tensor(value).detach().clone(),
+                on_step=False,
+                on_epoch=True,
+                batch_size=loss_output.n_obs_minibatch,
+                sync_dist=self.use_sync_dist,
+            )
+
+    def prepare_scib_autotune(self, loss_outputs: Any, stage: str) -> None:
+        """Do nothing: scib tuning wants per-cell outputs, our extras are scalars."""
+
+
+class KeepBest(pl.Callback):
+    """Keep the weights of the best validation epoch and put them back when the fit ends.
+
+    Parameters
+    ----------
+    monitor
+        Logged metric; lower is better.
+    """
+
+    def __init__(self, monitor: str = MONITOR) -> None:
+        super().__init__()
+        self.monitor = monitor
+        self.best = float("inf")
+        self.best_epoch: int | None = None
+        self._state: dict[str, torch.Tensor] | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy the weights when the metric improved."""
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is not None and float(value) < self.best:
+            self.best, self.best_epoch = float(value), trainer.current_epoch
+            self._state = copy.deepcopy(cast(torch.nn.Module, pl_module.module).state_dict())
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the best weights back."""
+        if self._state is not None:
+            cast(torch.nn.Module, pl_module.module).load_state_dict(self._state)
+            self._state = None

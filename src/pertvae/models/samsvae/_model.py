@@ -1,0 +1,142 @@
+"""SAMS-VAE for users."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
+
+from pertvae.models.base import Capabilities, PerturbationModel
+from pertvae.models.samsvae._module import SAMSVAEModule
+
+
+class SAMSVAE(PerturbationModel):
+    """Sparse additive mechanism shift variational autoencoder :cite:p:`Bereket23`.
+
+    A cell's latent state is a basal state plus, for each perturbation it received, a sparse shift: a mask says which
+    latents the perturbation touches, an effect how far. Combinations add up, so unseen combinations of seen
+    perturbations can be predicted.
+
+    Parameters
+    ----------
+    adata
+        Registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
+    registry
+        A registration without data (for datamodules and loading).
+    n_latent
+        Latent dimensions, each a program. More than needed does no harm: unused ones stay at their prior.
+    n_hidden, n_layers
+        Width and number of hidden layers of encoder and decoder.
+    n_particles
+        Posterior draws a training step. One is enough with these batch sizes; the paper used 5.
+    gene_likelihood
+        ``"nb"`` (gene-wise dispersion), ``"poisson"``, or ``"normal"`` for real values.
+    mask_prior
+        Prior probability that a perturbation touches a latent.
+    effect_prior_scale
+        Prior standard deviation of effects, in units of the basal state's prior standard deviation.
+    embedding_inference
+        Posterior of the effects: ``"mean_field"``, or ``"correlated"`` with the mask.
+    basal_inference
+        Posterior of the basal state: ``"mean_field"`` reads expression only; ``"correlated"`` also reads the cell's
+        shift, which lets it explain only what the perturbation does not.
+    mask_gradient
+        ``"gumbel"`` (published: relaxed Bernoulli, KL through the same sample) or ``"identity"`` (exact KL).
+    global_kl
+        ``"full"`` or ``"plate"`` (published); see :class:`~pertvae.models.samsvae._module.SAMSVAEModule`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not accepted, or the data were registered as real values and the likelihood needs counts.
+
+    Examples
+    --------
+    >>> import pertvae as pv
+    >>> adata = pv.datasets.example()
+    >>> pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+    >>> model = pv.SAMSVAE(adata)
+    >>> model.train()
+    >>> predicted = model.predict_perturbation(["P001+P002"])
+    """
+
+    _module_cls = SAMSVAEModule
+    capabilities = Capabilities(
+        basal=("control", "prior"),
+        latent_kinds=("full", "basal", "perturbation"),
+        credible_effects=True,
+        marginal_ll=True,
+        program="latent dimension; effect = expected mask times effect",
+        inclusion="posterior mask probability",
+    )
+
+    def __init__(
+        self,
+        adata: AnnData | MuData | None = None,
+        registry: dict | None = None,
+        n_latent: int = 32,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_particles: int = 1,
+        gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
+        mask_prior: float = 0.01,
+        effect_prior_scale: float = 1.0,
+        embedding_inference: Literal["mean_field", "correlated"] = "correlated",
+        basal_inference: Literal["mean_field", "correlated"] = "correlated",
+        mask_gradient: Literal["gumbel", "identity"] = "gumbel",
+        global_kl: Literal["full", "plate"] = "full",
+    ) -> None:
+        super().__init__(adata, registry)
+        for name, value, accepted in (
+            ("embedding_inference", embedding_inference, ("mean_field", "correlated")),
+            ("basal_inference", basal_inference, ("mean_field", "correlated")),
+            ("mask_gradient", mask_gradient, ("gumbel", "identity")),
+            ("global_kl", global_kl, ("full", "plate")),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name}={value!r} is not one of {list(accepted)}.")
+        if not 0 < mask_prior < 1:
+            raise ValueError(f"mask_prior={mask_prior} is not a probability strictly between 0 and 1.")
+        if effect_prior_scale <= 0:
+            raise ValueError(f"effect_prior_scale={effect_prior_scale} is not positive.")
+        for name, number in (("n_latent", n_latent), ("n_hidden", n_hidden), ("n_particles", n_particles)):
+            if number < 1:
+                raise ValueError(f"{name}={number}: at least 1 is needed.")
+        self.module = SAMSVAEModule(
+            self._module_shape(gene_likelihood),
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            n_particles=n_particles,
+            gene_likelihood=gene_likelihood,
+            mask_prior=mask_prior,
+            effect_prior_scale=effect_prior_scale,
+            embedding_inference=embedding_inference,
+            basal_inference=basal_inference,
+            mask_gradient=mask_gradient,
+            global_kl=global_kl,
+        )
+        self._model_summary_string = (
+            f"SAMSVAE: {n_latent} latents, {self.module.shape.n_components} perturbations, "
+            f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood, mask prior {mask_prior}."
+        )
+        self.init_params_ = self._get_init_params(locals())
+
+    def get_masks(self) -> pd.DataFrame:
+        """Return the posterior probability that each perturbation touches each program.
+
+        Returns
+        -------
+        DataFrame, perturbations x programs, values between 0 and 1.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is not trained.
+        """
+        self._check_if_trained(warn=False)
+        inclusion = self.module.program_tables()[1].detach().cpu().numpy()
+        names = [f"program_{k}" for k in range(inclusion.shape[1])]
+        return pd.DataFrame(inclusion, index=self.perturbation_names, columns=names)

@@ -1,0 +1,78 @@
+"""Bernoulli masks with a gradient, and the KL that goes with each gradient.
+
+Two pairs keep likelihood and KL on one scale, so that the optimum is the posterior's:
+
+``"gumbel"``
+    Relaxed Bernoulli, straight through, temperature 1 (Maddison et al. 2017; Jang et al. 2017): hard in the
+    forward pass, gradient of the soft sample. The KL is Monte Carlo through the same sample, so the bias of the
+    gradient is the same on both sides. The published choice.
+``"identity"``
+    A Bernoulli draw with dm/dp taken as 1, and the exact KL.
+
+Mixing them (exact KL with the relaxed gradient) moves the optimum by nats.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MaskGradient = Literal["gumbel", "identity"]
+
+
+def sample_mask(
+    logits: Tensor,
+    n_samples: int,
+    gradient: MaskGradient = "gumbel",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw hard masks that carry a gradient to their logits.
+
+    Parameters
+    ----------
+    logits
+        Log-odds of inclusion, any shape.
+    n_samples
+        Draws.
+    gradient
+        ``"gumbel"`` or ``"identity"``, see the module.
+    generator
+        Source of randomness; the global one by default.
+
+    Returns
+    -------
+    ``(n_samples, *logits.shape)``, values 0 and 1.
+    """
+    uniform = torch.rand((n_samples, *logits.shape), generator=generator, device=logits.device)
+    uniform = uniform.clamp(1e-7, 1 - 1e-7)
+    if gradient == "gumbel":
+        soft = torch.sigmoid(logits + torch.log(uniform) - torch.log1p(-uniform))
+        hard = (soft > 0.5).to(soft.dtype)
+    else:
+        soft = torch.sigmoid(logits).expand(uniform.shape)
+        hard = (uniform < soft).to(soft.dtype)
+    return hard + soft - soft.detach()
+
+
+def mask_kl(logits: Tensor, mask: Tensor, prior: float, gradient: MaskGradient = "gumbel") -> Tensor:
+    """Return KL(q(m) || Bernoulli(prior)) of every entry in nats: a sample of it, or exact.
+
+    Parameters
+    ----------
+    logits
+        Log-odds of q(m).
+    mask
+        The draw from :func:`sample_mask`; the estimate and its gradient run through it for ``"gumbel"``, its
+        leading dimension is kept for both.
+    prior
+        Prior inclusion probability, in (0, 1).
+    gradient
+        The gradient the mask was drawn with.
+    """
+    prior_logit = math.log(prior) - math.log1p(-prior)
+    weight = mask if gradient == "gumbel" else torch.sigmoid(logits).expand(mask.shape)
+    return weight * (logits - prior_logit) - F.softplus(logits) - math.log1p(-prior)

@@ -1,0 +1,85 @@
+"""Multilayer perceptrons shared by the methods: LeakyReLU, no normalisation layers, residual beyond the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SLOPE = 0.01
+VARIANCE_FLOOR = 1e-4
+
+
+class MLP(nn.Module):
+    """Perceptron whose first layer takes its input in parts.
+
+    The parts are multiplied by their own columns of one weight matrix and summed, which equals concatenation but
+    lets parts with fewer leading dimensions (expression, once a cell) meet parts with more (offsets, once a
+    particle) without copies.
+
+    Parameters
+    ----------
+    n_in
+        Width of each part; a width of 0 stands for an absent part.
+    n_hidden
+        Width of every hidden layer.
+    n_layers
+        Hidden layers, at least 1; those beyond the first are residual: ``h + LeakyReLU(W h + b)``.
+    """
+
+    def __init__(self, n_in: Sequence[int], n_hidden: int, n_layers: int = 1) -> None:
+        super().__init__()
+        if n_layers < 1:
+            raise ValueError(f"n_layers={n_layers}: at least one hidden layer is needed.")
+        self.n_in = tuple(n_in)
+        self.first = nn.Linear(sum(self.n_in), n_hidden)
+        self.rest = nn.ModuleList(nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1))
+
+    def forward(self, *parts: Tensor | None, standardize: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the last hidden layer.
+
+        Parameters
+        ----------
+        *parts
+            One tensor a part, last dimension as ``n_in`` says; ``None`` for absent parts.
+        standardize
+            Mean and standard deviation of the first part's features. They are folded into the weights, so that the
+            cells x genes matrix is read once.
+        """
+        h: Tensor | None = None
+        for i, (part, weight) in enumerate(zip(parts, self.first.weight.split(self.n_in, dim=1), strict=True)):
+            if part is None or weight.shape[1] == 0:
+                continue
+            if i == 0 and standardize is not None:
+                mean, sd = standardize
+                weight = weight / sd
+                term = F.linear(part, weight, -(weight @ mean))
+            else:
+                term = F.linear(part, weight)
+            h = term if h is None else h + term
+        assert h is not None
+        h = F.leaky_relu(h + self.first.bias, SLOPE)
+        for layer in self.rest:
+            h = h + F.leaky_relu(layer(h), SLOPE)
+        return h
+
+
+class GaussianHead(nn.Module):
+    """Mean and standard deviation of a diagonal Gaussian: variance = exp(Linear) + 1e-4."""
+
+    def __init__(self, n_hidden: int, n_out: int) -> None:
+        super().__init__()
+        self.mean = nn.Linear(n_hidden, n_out)
+        self.log_variance = nn.Linear(n_hidden, n_out)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation."""
+        return self.mean(h), (self.log_variance(h).exp() + VARIANCE_FLOOR).sqrt()
+
+
+def gaussian_kl(mean: Tensor, sd: Tensor, prior_sd: float = 1.0) -> Tensor:
+    """Return KL(N(mean, sd^2) || N(0, prior_sd^2)) of every entry, nats."""
+    ratio = sd / prior_sd
+    return 0.5 * (ratio.square() + (mean / prior_sd).square() - 1.0) - torch.log(ratio)

@@ -26,7 +26,10 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinxcontrib.bibtex",
 ]
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "Thumbs.db"]
 html_theme = "sphinx_book_theme"

@@ -37,7 +37,7 @@ PATIENCE_STEPS = 600
 STEPS_BETWEEN_VALIDATIONS = 20
 
 
-class PerturbationModel(PredictionMixin, GettersMixin, RegistrationMixin, RNASeqMixin, VAEMixin):
+class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, RegistrationMixin):
     """Base of the perturbation models.
 
     A method sets ``_module_cls`` and ``capabilities`` and builds its module in ``__init__`` from

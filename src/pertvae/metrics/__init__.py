@@ -1,0 +1,26 @@
+"""Metrics of predictions: a registry, one call that computes them, intervals, and scores against a known truth."""
+
+from __future__ import annotations
+
+from pertvae.metrics import _profiles  # registers its metrics, in the order in which they are listed
+from pertvae.metrics._comparison import Comparison
+from pertvae.metrics._distribution import energy_distance
+from pertvae.metrics._evaluate import evaluate, resample
+from pertvae.metrics._intervals import Interval, bootstrap_interval
+from pertvae.metrics._known_truth import MaskScore, mask_f1
+from pertvae.metrics._registry import Metric, list_metrics, register, registry
+
+__all__ = [
+    "Comparison",
+    "Interval",
+    "MaskScore",
+    "Metric",
+    "bootstrap_interval",
+    "energy_distance",
+    "evaluate",
+    "list_metrics",
+    "mask_f1",
+    "register",
+    "registry",
+    "resample",
+]

@@ -89,7 +89,7 @@ CALLABLES = public_callables()
 
 
 def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    if inspect.isclass(function) and function.__init__ is object.__init__:
+    if inspect.isclass(function) and function.__init__ is object.__init__ and function.__new__ is object.__new__:
         return []
     try:
         found = inspect.signature(function).parameters.values()

@@ -1,0 +1,109 @@
+"""Arguments of a benchmark, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+import pertvae
+from pertvae import reference as reference_module
+from pertvae._labels import LabelFormat, hint, require_column
+from pertvae.benchmark._fit import Data
+
+REFERENCES = ("NoChange", "Mean", "MatchingMean", "Additive", "RidgeAdditive", "CalibratedAdditive")
+
+
+def model_names() -> dict[str, str]:
+    """Return the models that can be named in a benchmark: name in lower case to class name.
+
+    Returns
+    -------
+    Dictionary such as ``{"samsvae": "SAMSVAE"}``.
+    """
+    return {name.lower(): name for name in pertvae._CLASSES}
+
+
+def read_models(models: Any) -> dict[str, Any]:
+    """Return model classes by name."""
+    if isinstance(models, (str, type)):
+        models = [models]
+    if isinstance(models, Mapping):
+        return {str(name): _model(value) for name, value in models.items()}
+    found: dict[str, Any] = {}
+    for value in models:
+        cls = _model(value)
+        name = value if isinstance(value, str) else cls.__name__.lower()
+        if name in found:
+            raise ValueError(f"models: {name!r} is given twice. Pass a mapping with names of your choice.")
+        found[name] = cls
+    return found
+
+
+def _model(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    known = model_names()
+    if value.lower() not in known:
+        raise ValueError(f"models: {value!r} is not a model.{hint(value, known)}")
+    return getattr(pertvae, known[value.lower()])
+
+
+def read_references(references: Sequence[Any] | None) -> dict[str, Any]:
+    """Return reference classes by name."""
+    found = {}
+    for value in REFERENCES if references is None else references:
+        if isinstance(value, str) and value not in reference_module.__all__:
+            raise ValueError(f"references: {value!r} is not a reference.{hint(value, REFERENCES)}")
+        cls = getattr(reference_module, value) if isinstance(value, str) else value
+        found[cls.__name__] = cls
+    if not found:
+        raise ValueError(f"references is empty: scores mean nothing without references. Pass some of {REFERENCES}.")
+    return found
+
+
+def read_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Return the seeds, checked."""
+    found = tuple(int(s) for s in ([seeds] if isinstance(seeds, int) else seeds))
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError(f"seeds={seeds!r}: pass one or more different whole numbers, 0 or above.")
+    return found
+
+
+def read_data(
+    adata: AnnData,
+    perturbation_key: str,
+    control: str | Sequence[str],
+    layer: str | None,
+    batch_key: str | None,
+    labels_key: str | None,
+    sep: str | None,
+    n_cells: int,
+    setup_kwargs: Mapping[str, Any],
+) -> Data:
+    """Return the benchmark's own AnnData around the counts of the user's; the matrix itself is shared."""
+    keys = {"perturbation_key": perturbation_key, "batch_key": batch_key, "labels_key": labels_key}
+    for argument, key in keys.items():
+        if key is not None:
+            require_column(adata.obs, key, "adata.obs", argument)
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(f"layer={layer!r} is not a layer of adata.{hint(layer, adata.layers)}")
+    x = adata.X if layer is None else adata.layers[layer]
+    if not isinstance(x, np.ndarray) and not sp.issparse(x):
+        x = adata.to_memory().X if layer is None else adata.to_memory().layers[layer]
+    values = x.data if sp.issparse(x) else x
+    if values.size and (not np.isfinite(values).all() or values.min() < 0):
+        raise ValueError(
+            f"{'X' if layer is None else f'layers[{layer!r}]'} holds negative or non-finite values, such as "
+            f"{float(np.nanmin(values)):.3g}: the benchmark scores counts. Pass the layer that holds raw counts."
+        )
+    if sp.issparse(x):
+        x = sp.csr_matrix(x)
+    work = AnnData(X=x, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names.astype(str)))
+    context = labels_key if labels_key is not None and adata.obs[labels_key].nunique() > 1 else None
+    tokens = LabelFormat.create(control, sep).control
+    return Data(work, perturbation_key, tokens, sep, labels_key, batch_key, context, n_cells, setup_kwargs)

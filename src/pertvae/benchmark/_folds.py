@@ -1,0 +1,182 @@
+"""What each fold of a benchmark holds out, and what is asked of every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from pertvae._labels import LabelFormat, canonical_labels
+from pertvae.pp import perturbation_folds, split_perturbations
+
+SPLIT_KEY = "_pertvae_benchmark_split"
+DEFAULT_FOLDS = 4
+DEFAULT_SEEN = "2/2"
+MIN_CELLS = 5
+_ALL = 1.0 - 1e-9
+CONTEXT_MARK = " | "
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One question to every method: a condition, in one context where contexts are registered.
+
+    Parameters
+    ----------
+    label
+        Canonical label of the condition.
+    context
+        Value of ``labels_key``; empty when there is none.
+    seen
+        Components that stand alone in training / components.
+    """
+
+    label: str
+    context: str
+    seen: str
+
+    @property
+    def name(self) -> str:
+        """Label, with the context behind it where there is one."""
+        return f"{self.label}{CONTEXT_MARK}{self.context}" if self.context else self.label
+
+
+@dataclass
+class Fold:
+    """One division of the cells.
+
+    Parameters
+    ----------
+    scheme
+        Name of the scheme.
+    index
+        Number of the fold, from 0.
+    split
+        ``train``, ``valid`` or ``test`` for every cell.
+    units
+        What is predicted and scored.
+    left_out
+        Units with too few held-out cells to be scored.
+    """
+
+    scheme: str
+    index: int
+    split: pd.Series
+    units: list[Unit]
+    left_out: list[str]
+
+    @property
+    def contexts(self) -> list[str]:
+        """Contexts of the units in order; one empty text when there are none."""
+        return list(dict.fromkeys(u.context for u in self.units))
+
+    def rows(self, split: str) -> np.ndarray:
+        """Return a mask of the cells of a split."""
+        return (self.split == split).to_numpy()
+
+
+def make_folds(
+    adata: AnnData,
+    scheme: str,
+    *,
+    perturbation_key: str,
+    control: str | Sequence[str],
+    sep: str | None = "+",
+    labels_key: str | None = None,
+    n_folds: int | None = None,
+    train_fraction: float = 1.0,
+    split_kwargs: Mapping[str, Any] | None = None,
+) -> list[Fold]:
+    """Return the folds of a scheme.
+
+    Combinations are left out in turn, by default those whose components all stand alone in the data (``"2/2"``), in
+    at most four folds, with ``n_folds=1`` all at once. The other schemes have one fold by default. No cell is set
+    aside for validation here: a model takes its own from the training cells, and references may use all of them.
+
+    Parameters
+    ----------
+    adata
+        Screen. Nothing is written.
+    scheme, perturbation_key, control, sep, labels_key
+        See :func:`pertvae.pp.split_perturbations`.
+    n_folds
+        Number of folds.
+    train_fraction
+        Fraction of the training cells of every condition that is kept (at least one).
+    split_kwargs
+        Passed to :func:`pertvae.pp.split_perturbations`: ``seen``, ``held_out``, ``test_fraction``, ``seed``, ...
+    """
+    if not 0 < train_fraction <= 1:
+        raise ValueError(f"train_fraction={train_fraction!r} is out of range: pass a number above 0, at most 1.")
+    if n_folds is not None and n_folds < 1:
+        raise ValueError(f"n_folds={n_folds!r} is out of range: pass 1 or more.")
+    options: dict[str, Any] = {"valid_fraction": 0.0, **(split_kwargs or {})}
+    if scheme == "unseen_combination":
+        options.setdefault("seen", DEFAULT_SEEN)
+        if n_folds is None and not options.keys() & {"held_out", "test_fraction"}:
+            n_eligible = _count_eligible(adata.obs[perturbation_key], control, sep)
+            n_folds = min(DEFAULT_FOLDS, n_eligible) if options["seen"] == DEFAULT_SEEN else 1
+        if n_folds is not None and n_folds <= 1 and "held_out" not in options:
+            options.setdefault("test_fraction", _ALL)
+    shared: dict[str, Any] = {
+        "perturbation_key": perturbation_key,
+        "control": control,
+        "sep": sep,
+        "labels_key": labels_key,
+        **options,
+    }
+    bare = AnnData(obs=adata.obs[[k for k in (perturbation_key, labels_key) if k is not None]].copy())
+    if n_folds is not None and n_folds > 1:
+        shared.pop("test_fraction", None)
+        splits = list(perturbation_folds(bare, scheme, n_folds=n_folds, **shared))  # type: ignore[arg-type]
+    else:
+        summary = split_perturbations(bare, scheme, key_added=SPLIT_KEY, **shared)  # type: ignore[arg-type]
+        splits = [(bare.obs[SPLIT_KEY], summary)]
+    folds = []
+    conditions = canonical_labels(adata.obs[perturbation_key], control, sep)
+    for i, (split, summary) in enumerate(splits):
+        units, left_out = _units(summary)
+        if not units:
+            raise ValueError(
+                f"scheme={scheme!r}, fold {i}: no held-out condition has {MIN_CELLS} cells or more, so nothing can be "
+                "scored. Hold out more cells (test_fraction), or conditions with more cells."
+            )
+        kept = split if train_fraction == 1 else _thinned(split, conditions, train_fraction, seed=i)
+        folds.append(Fold(scheme, i, kept, units, left_out))
+    return folds
+
+
+def _count_eligible(labels: pd.Series, control: str | Sequence[str], sep: str | None) -> int:
+    fmt = LabelFormat.create(control, sep)
+    sets = {fmt.components(label) for label in labels.astype(str).unique()}
+    singles = {parts[0] for parts in sets if len(parts) == 1}
+    return sum(len(parts) == 2 and singles.issuperset(parts) for parts in sets)
+
+
+def _units(summary: pd.DataFrame) -> tuple[list[Unit], list[str]]:
+    rows = summary[summary["target"] & (summary["split"] == "test")]
+    contexts = rows["context"] if "context" in rows else pd.Series("", index=rows.index)
+    units, left_out = [], []
+    for label, context, seen, n in zip(rows["condition"], contexts, rows["seen"], rows["n_cells"], strict=True):
+        unit = Unit(str(label), str(context), str(seen))
+        if n >= MIN_CELLS:
+            units.append(unit)
+        else:
+            left_out.append(unit.name)
+    return units, left_out
+
+
+def _thinned(split: pd.Series, conditions: pd.Series, fraction: float, seed: int) -> pd.Series:
+    """Return the split with only a fraction of the training cells of every condition; the others are missing."""
+    rng = np.random.default_rng(seed)
+    kept = split.astype(object)
+    train = np.flatnonzero((split == "train").to_numpy())
+    codes = conditions.cat.codes.to_numpy()[train]
+    for code in np.unique(codes):
+        cells = rng.permutation(train[codes == code])
+        kept.iloc[cells[max(1, round(fraction * len(cells))) :]] = np.nan
+    return kept

@@ -1,0 +1,188 @@
+"""Every method on every fold, each result kept at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pertvae.benchmark._fingerprint import fingerprint, fingerprint_code, versions
+from pertvae.benchmark._fit import Data, run_duplicate, run_model, run_oracle, run_reference
+from pertvae.benchmark._folds import Fold
+from pertvae.benchmark._prediction import Prediction, records
+from pertvae.benchmark._result import BenchmarkResult, Key
+from pertvae.benchmark._score import POOLED, Scorer
+from pertvae.datasets import Truth
+from pertvae.metrics import Metric
+
+DUPLICATE, ORACLE = "duplicate", "oracle"
+NO_SEED = -1
+
+
+@dataclass
+class Job:
+    """All fits of a benchmark.
+
+    Parameters
+    ----------
+    data
+        The screen.
+    models, references
+        Classes by name.
+    seeds
+        Training seeds.
+    metrics
+        Metrics to score.
+    model_kwargs, train_kwargs
+        For models; a key that is a model's name holds its own.
+    truth
+        Of a simulated screen.
+    cache
+        Folder of finished fits.
+    fingerprint
+        Of the data.
+    """
+
+    data: Data
+    models: dict[str, Any]
+    references: dict[str, Any]
+    seeds: Sequence[int]
+    metrics: Sequence[Metric]
+    model_kwargs: Mapping[str, Any]
+    train_kwargs: Mapping[str, Any]
+    truth: Truth | None
+    cache: Path | None
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        self.predictions: dict[Key, Prediction] = {}
+        self.kinds: dict[str, str] = {}
+        self.scorers: dict[tuple[str, int], Scorer] = {}
+
+    @property
+    def n_methods(self) -> int:
+        return len(self.references) + 1 + (self.truth is not None) + len(self.models) * len(self.seeds)
+
+    def run_fold(self, fold: Fold, keep_draws: bool, bar: Any) -> None:
+        """Run every method on one fold."""
+        data = self.data
+        adata, fold = data.of_fold(fold)
+        scorer = Scorer(
+            adata, fold, data.perturbation_key, data.control, data.sep, data.context_key, self.metrics, keep_draws
+        )
+        self.scorers[fold.scheme, fold.index] = scorer
+        if not bar.disable:
+            n_units, n_genes = len(fold.units), int(scorer.genes.sum())
+            bar.write(f"{fold.scheme}, fold {fold.index}: {n_units} held-out conditions, {n_genes} genes scored.")
+        for name, cls in self.references.items():
+            self._step(fold, name, "reference", NO_SEED, partial(run_reference, cls, data, scorer), bar)
+        self._step(fold, DUPLICATE, "duplicate", NO_SEED, partial(run_duplicate, scorer), bar)
+        if self.truth is not None:
+            self._step(fold, ORACLE, "oracle", NO_SEED, partial(run_oracle, self.truth, scorer), bar)
+        for name, cls in self.models.items():
+            for seed in self.seeds:
+                self._step(fold, name, "model", seed, self._trainer(name, cls, seed, scorer, bar), bar)
+
+    def _trainer(self, name: str, cls: Any, seed: int, scorer: Scorer, bar: Any) -> Callable[[], Prediction]:
+        def report(epoch: int, of: int) -> None:
+            bar.set_postfix_str(f"epoch {epoch}/{of}")
+
+        return lambda: run_model(
+            cls,
+            self.data,
+            scorer,
+            seed=seed,
+            model_kwargs=self._own(self.model_kwargs, name),
+            train_kwargs=self._own(self.train_kwargs, name),
+            keep_programs=scorer.fold.index == 0 and seed == self.seeds[0],
+            on_epoch=report,
+        )
+
+    def _step(self, fold: Fold, name: str, kind: str, seed: int, compute: Callable[[], Prediction], bar: Any) -> None:
+        """Take one method's result from the cache, or compute and keep it; a failure is recorded, not raised."""
+        self.kinds[name] = kind
+        bar.set_description_str(f"{fold.scheme} fold {fold.index}: {name}" + (f" seed {seed}" if seed >= 0 else ""))
+        path = self._path(fold, name, kind, seed)
+        prediction = Prediction.read(path) if path is not None else None
+        if prediction is None:
+            try:
+                prediction = compute()
+            except Exception as error:  # noqa: BLE001 - one method's failure is a row of the table, not the end
+                message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+                prediction = Prediction.failed(f"{type(error).__name__}: {message}")
+            else:
+                if path is not None:
+                    prediction.write(path)
+        self.predictions[fold.scheme, fold.index, name, seed] = prediction
+        bar.set_postfix_str("")
+        bar.update()
+
+    def _path(self, fold: Fold, name: str, kind: str, seed: int) -> Path | None:
+        if self.cache is None:
+            return None
+        cls = self.models.get(name) if kind == "model" else self.references.get(name)
+        data = self.data
+        settings = {
+            "data": self.fingerprint,
+            "code": fingerprint_code(),
+            "versions": versions(),
+            "class": f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', name)}",
+            "model_kwargs": self._own(self.model_kwargs, name) if kind == "model" else {},
+            "train_kwargs": self._own(self.train_kwargs, name) if kind == "model" else {},
+            "setup": [data.perturbation_key, data.control, data.sep, data.labels_key, data.batch_key],
+            "setup_kwargs": dict(data.setup_kwargs),
+            "n_cells": data.n_cells,
+            "metrics": [m.name for m in self.metrics],
+            "units": [u.name for u in fold.units],
+            "split": pd.util.hash_array(fold.split.to_numpy().astype(str).astype(object)).sum().item(),
+            "draws": self.scorers[fold.scheme, fold.index].keep_draws,
+            "programs": fold.index == 0 and seed == self.seeds[0] if self.seeds else False,
+            "seed": seed,
+        }
+        seeded = f"-seed{seed}" if seed >= 0 else ""
+        safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        return self.cache / f"{fold.scheme}-fold{fold.index}-{safe}{seeded}-{fingerprint(settings)}.npz"
+
+    def _own(self, given: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Return arguments for all models and those under this model's name."""
+        shared = {k: v for k, v in given.items() if k not in self.models}
+        return {**shared, **given.get(name, {})}
+
+    def result(self, settings: dict[str, Any]) -> BenchmarkResult:
+        """Assemble the tables."""
+        rows, fits = [], []
+        drawn: dict[str, list[pd.DataFrame]] = {}
+        for (scheme, fold, name, seed), p in self.predictions.items():
+            scorer = self.scorers[scheme, fold]
+            base = {"scheme": scheme, "fold": fold, "model": name, "kind": self.kinds[name], "seed": seed}
+            seconds = {f"{k}_seconds": p.seconds.get(k, np.nan) for k in ("fit", "predict")}
+            fits.append({**base, **seconds, "status": p.status, "error": p.error, "cached": p.cached})
+            if p.status != "ok":
+                rows.append({**base, "status": p.status, "error": p.error, "condition": "", "unit": ""})
+                continue
+            units = {u.name: u for u in scorer.fold.units}
+            for score in records(p.scores):
+                unit = units.get(str(score["unit"]))
+                where: dict[str, Any] = {"condition": POOLED, "context": "", "seen": ""}
+                if unit is not None:
+                    where = {"condition": unit.label, "context": unit.context, "seen": unit.seen}
+                n = scorer.n_observed(unit) if unit is not None else sum(map(scorer.n_observed, scorer.fold.units))
+                rows.append({**base, **where, **score, "n_observed": n, "status": "ok", "error": ""})
+            for metric, table in p.draws.items():
+                index = pd.MultiIndex.from_tuples([(scheme, fold, name, seed, u) for u in table.index])
+                drawn.setdefault(metric, []).append(
+                    table.set_axis(index, axis=0).set_axis(range(table.shape[1]), axis=1)
+                )
+        columns = ["scheme", "fold", "model", "kind", "seed", "condition", "context", "seen", "metric", "value"]
+        columns += ["lower", "upper", "n_observed", "status", "error", "unit"]
+        table = pd.DataFrame(rows).reindex(columns=columns)
+        draws = {metric: pd.concat(tables) for metric, tables in drawn.items()}
+        for frame in draws.values():
+            frame.index.names = ["scheme", "fold", "model", "seed", "unit"]
+        truths = {key: scorer.truth for key, scorer in self.scorers.items()}
+        return BenchmarkResult(table, pd.DataFrame(fits), settings, dict(self.predictions), truths, draws)

@@ -1,0 +1,78 @@
+"""Metrics in plain words, and which way is better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pertvae.metrics import registry
+
+_PLAIN = {
+    "l2_profile": (
+        "error of mean expression",
+        "Distance between predicted and observed mean expression of a condition (Euclidean, log1p of counts per "
+        "10,000). The main score: no control cell stands on the side of the truth.",
+    ),
+    "pearson_delta_perturbed": (
+        "direction beyond the common effect",
+        "Correlation of predicted and observed mean expression after the mean of all training perturbations is "
+        "subtracted: what is special to the condition. What every perturbation does alike earns nothing here.",
+    ),
+    "l2_delta": (
+        "error of the shift",
+        "Distance between predicted and observed shift from control cells. Small control groups add noise to the "
+        "truth of this score.",
+    ),
+    "pearson_delta": (
+        "direction of the shift",
+        "Correlation of predicted and observed shift from control cells. An effect that all perturbations share "
+        "raises it, and it does not see the size of an effect.",
+    ),
+    "slope": (
+        "size of the shift",
+        "Size of the predicted shift along the observed one. 1 is the right size, below 1 too weak, above 1 too "
+        "strong. Noise in the truth lowers it for every method alike.",
+    ),
+    "energy_distance": (
+        "error of the cell distribution",
+        "Energy distance between predicted and observed cells: 0 when the clouds of cells are alike, not only their "
+        "means.",
+    ),
+    "ate_correlation": (
+        "correlation of all shifts together",
+        "One correlation over all conditions and genes at once; strong perturbations dominate it.",
+    ),
+    "jaccard_top_20": ("overlap of the 20 most changed genes", "Shared genes among the 20 with the largest shift."),
+    "jaccard_top_50": ("overlap of the 50 most changed genes", "Shared genes among the 50 with the largest shift."),
+}
+
+
+def plain_name(metric: str) -> str:
+    """Return a few plain words for a metric, its name when there are none."""
+    return _PLAIN[metric][0] if metric in _PLAIN else metric
+
+
+def explain(metric: str) -> str:
+    """Return what a metric measures, with its name in tables and its source."""
+    text = _PLAIN[metric][1] if metric in _PLAIN else ""
+    if metric in registry:
+        text = text or registry[metric].description
+        text += f" Source: {registry[metric].source}."
+    return f"{text} In the tables: {metric}.".strip()
+
+
+def rising(metric: str) -> bool | None:
+    """Return whether higher is better; ``None`` when 1 is best. Unknown metrics count as higher is better."""
+    direction = registry[metric].direction if metric in registry else "higher"
+    return {"higher": True, "lower": False, "one": None}[direction]
+
+
+def comparable(metric: str, values: Any) -> Any:
+    """Return values whose differences have a direction: as they are, or the distance from 1 where 1 is best."""
+    return abs(values - 1.0) if rising(metric) is None else values
+
+
+def loss(metric: str, values: Any, difference: bool = False) -> Any:
+    """Return values for which lower is better; with ``difference`` they are differences of comparable values."""
+    if rising(metric):
+        return -values
+    return values if difference else comparable(metric, values)

@@ -1,0 +1,260 @@
+"""One self-contained HTML page that says what a benchmark found, in plain words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from pertvae.benchmark import _page
+from pertvae.benchmark._figures import HEADLINES, best_reference, figures, headline
+from pertvae.benchmark._intervals import CONFIDENCE, MIN_CONDITIONS
+from pertvae.benchmark._metrics import explain, plain_name, rising
+from pertvae.benchmark._prediction import records
+
+if TYPE_CHECKING:
+    from pertvae.benchmark._result import BenchmarkResult
+
+SCHEME_WORDS = {
+    "random": "held-out cells of conditions that were seen",
+    "unseen_combination": "combinations of perturbations that were never seen together",
+    "unseen_perturbation": "perturbations that were never seen",
+    "unseen_context": "perturbations in a cell type or context where they were never seen",
+}
+_KINDS = {
+    "model": "",
+    "reference": "reference",
+    "duplicate": "other half of the same cells",
+    "oracle": "truth of the simulation",
+}
+_CAPTIONS = {
+    "scores": "Mean over held-out conditions, with its interval. Models stand beside the references, which use no "
+    "model of ours.",
+    "conditions": "The model against the best reference, condition by condition, on the headline score.",
+    "shifts": "Predicted against observed change of each gene (one dot a gene) for the conditions predicted with the "
+    "smallest and the largest error. On the line: predicted as observed.",
+    "training": "Losses during training of the first fit. Validation cells are not trained on; both curves should "
+    "fall and level off.",
+    "programs": "Programs of the first fit: which perturbation moves which program, and which genes a program moves.",
+}
+
+
+def write_report(result: BenchmarkResult, path: Path) -> Path:
+    """Write the page and return its path."""
+    if path.is_dir() or not path.suffix:
+        path = path / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    models = ", ".join(result.names("model")) or "references"
+    title = f"Benchmark of {models}"
+    body = [_page.heading(title, 1), _page.paragraph(_subtitle(result), "soft")]
+    body.append(_page.verdict(verdicts(result)))
+    failed = result.fits[result.fits["status"] == "failed"]
+    if len(failed):
+        body.append(_page.heading("What failed"))
+        rows = [
+            ("", [r["model"], str(r["fold"]), "" if r["seed"] < 0 else str(r["seed"]), r["error"]])
+            for r in records(failed)
+        ]
+        body.append(_page.table(["Method", "Fold", "Seed", "Error"], rows))
+    drawn = figures(result)
+    summary = result.summary()
+    for scheme in result.schemes:
+        body.append(_page.heading(f"Predicting {SCHEME_WORDS.get(scheme, scheme)}"))
+        here = summary[summary["scheme"] == scheme] if len(summary) else summary
+        if here.empty:
+            body.append(_page.paragraph("Nothing could be scored."))
+            continue
+        body.append(_page.paragraph(_interval_words(here)))
+        body.append(_scores_table(here))
+        body += [_figure(n, f) for n, f in drawn.items() if n.startswith(f"scores_{scheme}")]
+        body += [_comparison(result, scheme)]
+        rest = [n for n in drawn if f"_{scheme}" in n and not n.startswith("scores_")]
+        body += [_figure(n, drawn[n]) for n in rest]
+    body.append(_page.heading("What the scores mean"))
+    body.append(_page.definitions({plain_name(m): explain(m) for m in result.metrics}))
+    body.append(_page.paragraph(_DUPLICATE_NOTE, "note"))
+    body.append(_page.heading("How it was run"))
+    body.append(_settings_table(result.settings))
+    body.append(_page.details("Time of each fit", [_fits_table(result.fits)]))
+    path.write_text(_page.page(title, body), encoding="utf-8")
+    return path
+
+
+_DUPLICATE_NOTE = (
+    "'Other half of the same cells' splits the held-out cells of a condition at random and lets one half predict the "
+    "other: what a repeat of the experiment would score. Its truth has half the cells, so a method that averages "
+    "noise away can do better than it. 'Truth of the simulation' is the expected profile of the simulated screen: no "
+    "method can be expected to do better."
+)
+
+
+def verdicts(result: BenchmarkResult) -> list[str]:
+    """Return one plain sentence a scheme and model: better than, no different from, or worse than the references."""
+    metric = headline(result)
+    sentences = []
+    compared = result.compare(metric) if metric is not None else pd.DataFrame()
+    for scheme in result.schemes:
+        what = SCHEME_WORDS.get(scheme, scheme)
+        for model in result.names("model"):
+            rows = (
+                compared[(compared["scheme"] == scheme) & (compared["model"] == model)] if len(compared) else compared
+            )
+            sentences.append(_sentence(model, what, rows, metric))
+    return sentences or [f"Only references were run ({', '.join(result.names('reference'))}); there is no verdict."]
+
+
+def _sentence(model: str, what: str, rows: pd.DataFrame, metric: str | None) -> str:
+    best = rows[rows["best_reference"]] if len(rows) else rows
+    if best.empty or metric is None:
+        return f"{model}, {what}: no verdict, because the model or every reference failed."
+    row: Any = best.iloc[0]
+    name = plain_name(metric)
+    numbers = f"{row.model_value:.3g} against {row.reference_value:.3g}, difference {row.difference:+.3g}"
+    if np.isfinite(row.lower):
+        numbers += f", {CONFIDENCE:.0%} interval {row.lower:+.3g} to {row.upper:+.3g}"
+    n = int(row.n_conditions)
+    over = f"{n} held-out condition{'s' if n != 1 else ''}"
+    direction = {True: "higher is better", False: "lower is better", None: "distance from 1, lower is better"}[
+        rising(metric)
+    ]
+    tail = f"{name}, {direction}: {numbers}; {over}"
+    if row.verdict == "not judged":
+        why = f"fewer than {MIN_CONDITIONS} conditions" if n < MIN_CONDITIONS else "no interval"
+        return f"{model} beside the best reference, {row.reference}, on {what} ({tail}). No verdict: {why}."
+    beaten = list(rows.loc[rows["verdict"] == "better", "reference"])
+    worse = list(rows.loc[rows["verdict"] == "worse", "reference"])
+    words = {"better": "is better than", "worse": "is worse than", "no difference": "shows no difference from"}
+    sentence = f"{model} {words[row.verdict]} the best reference, {row.reference}, on {what} ({tail})."
+    others = [r for r in beaten if r != row.reference]
+    if others:
+        sentence += f" It beats {_joined(others)}."
+    if any(r != row.reference for r in worse):
+        sentence += f" It is worse than {_joined([r for r in worse if r != row.reference])}."
+    return sentence
+
+
+def as_text(result: BenchmarkResult) -> str:
+    """Return the verdict and the headline scores as plain text."""
+    lines = [*verdicts(result)]
+    summary = result.summary()
+    for scheme in result.schemes:
+        here = summary[summary["scheme"] == scheme] if len(summary) else summary
+        if here.empty:
+            continue
+        run = list(dict.fromkeys(here["metric"]))
+        metrics = [m for m in HEADLINES if m in run] or run[:3]
+        cells = here[here["metric"].isin(metrics)]
+        cells = cells.assign(shown=[_shown(r) for r in records(cells)])
+        order = list(dict.fromkeys(here["model"]))
+        wide = cells.pivot(index="model", columns="metric", values="shown").reindex(order)[metrics].fillna("-")
+        lines += ["", f"{scheme}: {_interval_words(here)}", wide.rename_axis(index=None, columns=None).to_string()]
+    return "\n".join(lines)
+
+
+def _shown(row: dict[str, Any]) -> str:
+    interval = f" [{row['lower']:.3g}, {row['upper']:.3g}]" if np.isfinite(row["lower"]) else ""
+    return f"{row['value']:.3g}{interval}"
+
+
+def _joined(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _subtitle(result: BenchmarkResult) -> str:
+    s = result.settings
+    data = s.get("data", {})
+    sizes = f"{data.get('n_cells', 0):,} cells, {data.get('n_genes', 0):,} genes" if data else ""
+    parts = [str(s.get("title") or ""), sizes, str(s.get("date", ""))]
+    return " \N{MIDDLE DOT} ".join(p for p in parts if p)
+
+
+def _interval_words(summary: pd.DataFrame) -> str:
+    kinds = set(summary.loc[summary["interval"] != "none", "interval"])
+    n = int(summary["n_conditions"].max())
+    seeds = int(summary.loc[summary["kind"] == "model", "n_seeds"].max()) if (summary["kind"] == "model").any() else 0
+    text = f"{n} held-out condition{'s' if n != 1 else ''}"
+    text += f", each model trained from {seeds} seed{'s' if seeds != 1 else ''}. " if seeds else ". "
+    if "conditions" in kinds:
+        text += f"Intervals ({CONFIDENCE:.0%}) are bootstraps over the conditions."
+    elif "cells" in kinds:
+        text += (
+            f"With fewer than {MIN_CONDITIONS} conditions, intervals ({CONFIDENCE:.0%}) come from resampling the "
+            "held-out cells: they say how sure the observed means are, not how the method does on other conditions."
+        )
+    return text
+
+
+def _scores_table(summary: pd.DataFrame) -> str:
+    run = list(dict.fromkeys(summary["metric"]))
+    metrics = [m for m in HEADLINES if m in run] + [m for m in run if m not in HEADLINES]
+    wide = summary.pivot_table(index="model", columns="metric", values=["value", "lower", "upper"], dropna=False)
+    kinds = summary.drop_duplicates("model").set_index("model")["kind"]
+    order = sorted(kinds.index, key=lambda m: list(_KINDS).index(kinds[m]))
+    rows = []
+    for model in order:
+        name: str | tuple[str, str] = (model, _KINDS[kinds[model]]) if _KINDS[kinds[model]] else model
+        cells: list[str | tuple[str, str]] = [name]
+        for metric in metrics:
+            value, lower, upper = (_lookup(wide, model, k, metric) for k in ("value", "lower", "upper"))
+            text = "\N{EN DASH}" if not np.isfinite(value) else f"{value:.3g}"
+            cells.append((text, f"{lower:.3g} to {upper:.3g}") if np.isfinite(lower) else text)
+        rows.append((str(kinds[model]), cells))
+    arrows = {True: "\N{UPWARDS ARROW}", False: "\N{DOWNWARDS ARROW}", None: "(best 1)"}
+    heads = ["Method", *(f"{plain_name(m)} {arrows[rising(m)]}" for m in metrics)]
+    note = _page.paragraph("\N{UPWARDS ARROW} higher is better, \N{DOWNWARDS ARROW} lower is better.", "soft")
+    return _page.table(heads, rows) + note
+
+
+def _lookup(wide: pd.DataFrame, model: str, what: str, metric: str) -> float:
+    return float(wide[what, metric].loc[model]) if (what, metric) in wide.columns else np.nan
+
+
+def _comparison(result: BenchmarkResult, scheme: str) -> str:
+    metric = headline(result)
+    if metric is None or not result.names("model"):
+        return ""
+    rows = result.compare(metric)
+    rows = rows[rows["scheme"] == scheme] if len(rows) else rows
+    if rows.empty:
+        return ""
+    cells = []
+    for r in records(rows):
+        interval = f"{r['lower']:+.3g} to {r['upper']:+.3g}" if np.isfinite(r["lower"]) else "\N{EN DASH}"
+        reference = f"{r['reference']} (best reference)" if r["best_reference"] else r["reference"]
+        css = "model" if r["best_reference"] else ""
+        cells.append((css, [r["model"], reference, f"{r['difference']:+.3g}", interval, r["verdict"]]))
+    best = best_reference(result, scheme)
+    head = _page.heading(f"Model minus reference: {plain_name(metric)}", 3)
+    words = f"Paired by condition. The best reference is {best}." if best else "Paired by condition."
+    columns = ["Model", "Reference", "Difference", f"{CONFIDENCE:.0%} interval", "Verdict"]
+    return head + _page.paragraph(words, "soft") + _page.table(columns, cells)
+
+
+def _figure(name: str, figure: Any) -> str:
+    return _page.embedded(figure, _CAPTIONS[name.split("_", 1)[0]])
+
+
+def _settings_table(settings: dict[str, Any]) -> str:
+    rows = [("", [key.replace("_", " "), _value(value)]) for key, value in settings.items() if value not in (None, "")]
+    return _page.table([], rows, "settings")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{k}: {_value(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(v) for v in value) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _fits_table(fits: pd.DataFrame) -> str:
+    rows = []
+    for r in records(fits):
+        seed = "" if r["seed"] < 0 else str(r["seed"])
+        times = [f"{r['fit_seconds']:.1f}", f"{r['predict_seconds']:.1f}"]
+        status = "read from the cache" if r["cached"] else r["status"]
+        rows.append(("", [r["model"], r["scheme"], str(r["fold"]), seed, *times, status]))
+    columns = ["Method", "Scheme", "Fold", "Seed", "Fit (s)", "Predict (s)", "Status"]
+    return _page.table(columns, rows)

@@ -1,0 +1,284 @@
+"""The result of a benchmark: a tidy table, summaries, comparisons with intervals, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pertvae._labels import hint
+from pertvae.benchmark._intervals import MIN_CONDITIONS, mean_interval
+from pertvae.benchmark._metrics import comparable, loss
+from pertvae.benchmark._prediction import Prediction
+from pertvae.benchmark._score import POOLED
+
+HEADLINE = "l2_profile"
+Key = tuple[str, int, str, int]
+"""Scheme, fold, method, seed (-1 for methods without one)."""
+
+
+@dataclass
+class BenchmarkResult:
+    """What :func:`pertvae.benchmark.run` found.
+
+    Parameters
+    ----------
+    table
+        One row a (scheme, fold, model, seed, condition, metric). ``kind`` is ``model``, ``reference``, ``duplicate``
+        or ``oracle``; ``seen`` says how many components of the condition stand alone in training (``"2/2"``);
+        ``condition`` is ``pooled`` where a metric takes all conditions at once; ``lower`` and ``upper`` come from
+        resampling the ``n_observed`` held-out cells of the condition. A method that failed has one row with
+        ``status="failed"`` and its ``error``.
+    fits
+        One row a fit: seconds, status, error, whether it was read from the cache.
+    settings
+        Everything needed to run it again: settings, versions, fingerprint of the data, scoring genes by fold.
+    predictions
+        By (scheme, fold, model, seed): predicted shifts, losses, programs, seconds.
+    truths
+        By (scheme, fold): observed shifts, units x scoring genes, log1p CP10k.
+    draws
+        By metric: values with the held-out cells resampled, one row a (scheme, fold, model, seed, unit).
+    """
+
+    table: pd.DataFrame
+    fits: pd.DataFrame
+    settings: dict[str, Any]
+    predictions: dict[Key, Prediction] = field(default_factory=dict, repr=False)
+    truths: dict[tuple[str, int], pd.DataFrame] = field(default_factory=dict, repr=False)
+    draws: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
+
+    @property
+    def schemes(self) -> list[str]:
+        """The schemes that were run."""
+        return list(dict.fromkeys(self.table["scheme"]))
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics in the table."""
+        return list(dict.fromkeys(self.table["metric"].dropna()))
+
+    def names(self, kind: str) -> list[str]:
+        """Return the methods of a kind: ``model``, ``reference``, ``duplicate`` or ``oracle``."""
+        return list(dict.fromkeys(self.table.loc[self.table["kind"] == kind, "model"]))
+
+    def by_condition(self, metric: str = HEADLINE, scheme: str | None = None) -> pd.DataFrame:
+        """Return one metric as conditions x methods, averaged over seeds.
+
+        Parameters
+        ----------
+        metric
+            Name of a metric in the table.
+        scheme
+            Which scheme; by default the first.
+
+        Returns
+        -------
+        DataFrame indexed by ``fold:condition`` (with the context after ``|`` where there is one).
+
+        Raises
+        ------
+        KeyError
+            If the metric or the scheme was not run.
+        """
+        scheme = self._scheme(scheme)
+        if metric not in self.metrics:
+            raise KeyError(f"The metric {metric!r} is not in the table.{hint(metric, self.metrics)}")
+        rows = self.table[(self.table["scheme"] == scheme) & (self.table["metric"] == metric)]
+        rows = rows[(rows["status"] == "ok") & (rows["condition"] != POOLED)]
+        unit = rows["fold"].astype(str) + ":" + rows["unit"]
+        return rows.assign(_unit=unit).pivot_table(index="_unit", columns="model", values="value").rename_axis(None)
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row a scheme, method and metric: the mean over conditions of the mean over seeds.
+
+        The interval is the percentile bootstrap over conditions; with fewer than five conditions the held-out cells
+        are resampled instead (metrics of mean profiles and shifts only). ``interval`` says which. Metrics that take
+        all conditions at once are averaged over folds and have no interval.
+
+        Returns
+        -------
+        DataFrame with the columns scheme, model, kind, metric, value, lower, upper, interval, n_conditions, n_seeds.
+        """
+        rows = []
+        for scheme in self.schemes:
+            here = self.table[(self.table["scheme"] == scheme) & (self.table["status"] == "ok")]
+            kinds = here.drop_duplicates("model").set_index("model")["kind"]
+            seeds = here.groupby("model")["seed"].nunique()
+            for metric in self.metrics:
+                of_metric = here[here["metric"] == metric]
+                if (of_metric["condition"] != POOLED).any():
+                    matrix = self.by_condition(metric, scheme)
+                    found = {str(m): mean_interval(matrix[m], self._draws(metric, scheme, str(m))) for m in matrix}
+                else:
+                    found = {}
+                pooled = of_metric[of_metric["condition"] == POOLED].groupby("model")["value"].mean()
+                for model, kind in zip(kinds.index.astype(str), kinds, strict=True):
+                    row: dict[str, Any] = {"scheme": scheme, "model": model, "kind": kind, "metric": metric}
+                    if model in found and found[model].n:
+                        i = found[model]
+                        row |= {"value": i.value, "lower": i.lower, "upper": i.upper, "interval": i.kind}
+                        row["n_conditions"] = i.n
+                    elif model in pooled.index:
+                        row |= {"value": pooled[model], "lower": np.nan, "upper": np.nan, "interval": "none"}
+                        row["n_conditions"] = 0
+                    else:
+                        continue
+                    rows.append({**row, "n_seeds": int(seeds[model])})
+        return pd.DataFrame(rows)
+
+    def compare(self, metric: str = HEADLINE) -> pd.DataFrame:
+        """Return each model minus each reference, paired by condition.
+
+        Parameters
+        ----------
+        metric
+            Name of a metric that has a value for each condition.
+
+        Returns
+        -------
+        DataFrame with the columns scheme, model, reference, best_reference (the reference with the best mean),
+        metric, model_value, reference_value, difference, lower, upper, interval (``conditions``: paired bootstrap
+        over conditions; ``cells``: the held-out cells resampled), n_conditions, verdict (``better``, ``worse``,
+        ``no difference``, or ``not judged`` with fewer than five conditions). For a metric whose best value is
+        neither its lowest nor its highest (``slope``: 1), difference is that of the distances from the best value.
+
+        Raises
+        ------
+        KeyError
+            If the metric was not run.
+        """
+        rows = []
+        for scheme in self.schemes:
+            matrix = self.by_condition(metric, scheme)
+            references = [r for r in self.names("reference") if r in matrix]
+            means = {r: loss(metric, matrix[r]).mean() for r in references}
+            usable = {r: m for r, m in means.items() if np.isfinite(m)}
+            best = min(usable, key=lambda r: usable[r]) if usable else None
+            for model in (m for m in self.names("model") if m in matrix):
+                for reference in references:
+                    difference = comparable(metric, matrix[model]) - comparable(metric, matrix[reference])
+                    a, b = (self._draws(metric, scheme, m) for m in (model, reference))
+                    drawn = None
+                    if a is not None and b is not None:
+                        drawn = comparable(metric, a) - comparable(metric, b)
+                    i = mean_interval(difference, drawn)
+                    both = matrix[[model, reference]].dropna()
+                    rows.append(
+                        {
+                            "scheme": scheme,
+                            "model": model,
+                            "reference": reference,
+                            "best_reference": reference == best,
+                            "metric": metric,
+                            "model_value": both[model].mean(),
+                            "reference_value": both[reference].mean(),
+                            "difference": i.value,
+                            "lower": i.lower,
+                            "upper": i.upper,
+                            "interval": i.kind,
+                            "n_conditions": i.n,
+                            "verdict": _verdict(metric, i.lower, i.upper, i.n),
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+    def text(self) -> str:
+        """Return the verdict and the headline scores as plain text.
+
+        Returns
+        -------
+        A few sentences and one table a scheme.
+        """
+        from pertvae.benchmark._report import as_text
+
+        return as_text(self)
+
+    def report(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page: verdict, tables, figures, settings. No network is needed to read it.
+
+        Parameters
+        ----------
+        path
+            File to write, or a folder for ``report.html``.
+
+        Returns
+        -------
+        The path of the page.
+        """
+        from pertvae.benchmark._report import write_report
+
+        return write_report(self, Path(path))
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``table.csv``, ``summary.csv``, ``comparison.csv``, ``fits.csv``, ``settings.json``, figures, page.
+
+        Parameters
+        ----------
+        path
+            Folder, made when it does not exist. Figures go to ``figures/`` as PNG and SVG.
+
+        Returns
+        -------
+        The path of the page ``report.html``.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.table.to_csv(folder / "table.csv", index=False)
+        self.summary().to_csv(folder / "summary.csv", index=False)
+        compared = [self.compare(m) for m in self.metrics if self.has_conditions(m)]
+        if compared:
+            pd.concat(compared).to_csv(folder / "comparison.csv", index=False)
+        self.fits.to_csv(folder / "fits.csv", index=False)
+        (folder / "settings.json").write_text(json.dumps(self.settings, indent=1, default=str) + "\n")
+        from pertvae.benchmark._figures import figures
+
+        for name, figure in figures(self).items():
+            target = folder / "figures"
+            target.mkdir(exist_ok=True)
+            figure.savefig(target / f"{name}.png", dpi=150, bbox_inches="tight")
+            figure.savefig(target / f"{name}.svg", bbox_inches="tight")
+        return self.report(folder / "report.html")
+
+    def trained(self, scheme: str) -> Iterator[tuple[Key, Prediction]]:
+        """Yield the fits of a scheme that went well, in order of fold and seed."""
+        for key, prediction in sorted(self.predictions.items(), key=lambda item: (item[0][1], item[0][3])):
+            if key[0] == scheme and prediction.status == "ok":
+                yield key, prediction
+
+    def has_conditions(self, metric: str) -> bool:
+        rows = self.table[self.table["metric"] == metric]
+        return bool((rows["condition"] != POOLED).any())
+
+    def _scheme(self, scheme: str | None) -> str:
+        if scheme is None:
+            return self.schemes[0]
+        if scheme not in self.schemes:
+            raise KeyError(f"The scheme {scheme!r} was not run.{hint(scheme, self.schemes)}")
+        return scheme
+
+    def _draws(self, metric: str, scheme: str, model: str) -> pd.DataFrame | None:
+        """Return conditions x draws, averaged over seeds; the same draws for every method."""
+        if metric not in self.draws:
+            return None
+        drawn = self.draws[metric]
+        index = drawn.index
+        rows = drawn[(index.get_level_values("scheme") == scheme) & (index.get_level_values("model") == model)]
+        if rows.empty:
+            return None
+        units = rows.index.get_level_values("fold").astype(str) + ":" + rows.index.get_level_values("unit").astype(str)
+        return rows.groupby(units.to_numpy()).mean()
+
+
+def _verdict(metric: str, lower: float, upper: float, n: int) -> str:
+    if n < MIN_CONDITIONS or not np.isfinite([lower, upper]).all():
+        return "not judged"
+    signed = sorted(loss(metric, np.array([lower, upper]), difference=True))
+    if signed[1] < 0:
+        return "better"
+    return "worse" if signed[0] > 0 else "no difference"

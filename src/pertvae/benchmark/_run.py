@@ -1,0 +1,199 @@
+"""Models, references, folds and seeds: one call that runs them all."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anndata import AnnData
+from tqdm.auto import tqdm
+
+from pertvae.benchmark._arguments import read_data, read_models, read_references, read_seeds
+from pertvae.benchmark._fingerprint import fingerprint_data, versions
+from pertvae.benchmark._folds import DEFAULT_SEEN, make_folds
+from pertvae.benchmark._intervals import MIN_CONDITIONS
+from pertvae.benchmark._job import Job
+from pertvae.benchmark._result import BenchmarkResult
+from pertvae.datasets import read_truth
+from pertvae.metrics._registry import resolve
+
+
+def run(
+    adata: AnnData,
+    models: str | type | Sequence[str | type] | Mapping[str, Any],
+    scheme: str | Sequence[str],
+    perturbation_key: str,
+    control: str | Sequence[str],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    n_folds: int | None = None,
+    train_fraction: float = 1.0,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    labels_key: str | None = None,
+    sep: str | None = "+",
+    references: Sequence[Any] | None = None,
+    metrics: str | Sequence[str] | None = None,
+    n_cells: int = 2000,
+    model_kwargs: Mapping[str, Any] | None = None,
+    train_kwargs: Mapping[str, Any] | None = None,
+    setup_kwargs: Mapping[str, Any] | None = None,
+    split_kwargs: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    title: str = "",
+) -> BenchmarkResult:
+    """Train models and fit references on the same cells, and score all of them on the same held-out cells.
+
+    The held-out cells touch nothing but the scores: scored genes are those detected in more than 2% of the training
+    cells, at most the 1,000 with the highest mean there; models set every statistic from training cells and hold out
+    their own validation cells among them; predictions start from training controls, observed shifts are measured
+    against held-out controls. Sums for log1p CP10k run over all genes of ``adata``.
+
+    Parameters
+    ----------
+    adata
+        Raw counts in ``X`` or ``layer``. A simulated screen carries its truth in ``uns["truth"]``, which adds a row
+        ``oracle``. Nothing is written to it.
+    models
+        A model class or its name (``"samsvae"``), several, or a mapping from names of your choice to classes. Empty:
+        only references.
+    scheme
+        What is held out, or several schemes: ``"random"``, ``"unseen_combination"``, ``"unseen_perturbation"``,
+        ``"unseen_context"``; see :func:`pertvae.pp.split_perturbations`.
+    perturbation_key
+        obs column of the labels.
+    control
+        Control label or labels.
+    seeds
+        Training seeds; each model is trained once a seed and fold.
+    n_folds
+        Number of folds. By default combinations are left out in turn in at most four folds (``n_folds=1``: all at
+        once), and the other schemes have one. Held-out combinations are those whose components all stand alone
+        in the data, unless ``split_kwargs`` has another ``seen``.
+    train_fraction
+        Fraction of the training cells of each condition that is used.
+    layer
+        Layer of the counts; ``None`` for ``X``.
+    batch_key, labels_key
+        obs columns of the technical batch, and of the cell type or context. With more than one context every
+        condition is predicted and scored in each, from controls of that context.
+    sep
+        Separator of components; ``None`` when every label is one perturbation.
+    references
+        Names or classes from :mod:`pertvae.reference`; by default all six.
+    metrics
+        Names, see :func:`pertvae.metrics.list_metrics`; by default all that the data allow.
+    n_cells
+        Cells predicted a condition. Fewer add sampling noise to means: 300 about 5% of the error.
+    model_kwargs, train_kwargs
+        For the constructor and for ``train`` of every model; the value of a key that is a model's name holds only for
+        that model.
+    setup_kwargs
+        Further arguments of ``setup_anndata``, such as ``dosage_key``.
+    split_kwargs
+        For :func:`pertvae.pp.split_perturbations`: ``seen``, ``held_out``, ``test_fraction``, ``seed``, ...
+    cache_dir
+        Folder where every finished fit is kept, so that a run that was stopped resumes. Results of other data,
+        settings or code are not taken from it.
+    progress
+        Show a progress bar.
+    title
+        What the report calls the data.
+
+    Returns
+    -------
+    BenchmarkResult with the tidy ``table``, ``summary()``, ``compare()``, ``report(path)`` and ``save(dir)``. A method
+    that failed has ``status="failed"`` and its error there; the others go on.
+
+    Raises
+    ------
+    KeyError
+        If a column or layer is missing.
+    ValueError
+        If a model, reference, metric or scheme is unknown, counts are negative, or nothing can be held out.
+
+    Examples
+    --------
+    >>> adata = pv.datasets.example()
+    >>> result = pv.benchmark.run(adata, "samsvae", "unseen_combination", "perturbation", "control", seeds=[0])
+    >>> result.summary()
+    >>> result.report("report.html")
+    """
+    chosen = read_models(models)
+    fixed = read_references(references)
+    scored = resolve(metrics)
+    seeds = read_seeds(seeds)
+    if n_cells < 2:
+        raise ValueError(f"n_cells={n_cells!r} is out of range: pass 2 or more.")
+    data = read_data(adata, perturbation_key, control, layer, batch_key, labels_key, sep, n_cells, setup_kwargs or {})
+    truth = read_truth(adata) if "truth" in adata.uns and data.context_key is None else None
+    schemes = [scheme] if isinstance(scheme, str) else list(scheme)
+    folds = {
+        name: make_folds(
+            data.adata,
+            name,
+            perturbation_key=perturbation_key,
+            control=data.control,
+            sep=sep,
+            labels_key=data.context_key,
+            n_folds=n_folds,
+            train_fraction=train_fraction,
+            split_kwargs=split_kwargs,
+        )
+        for name in schemes
+    }
+    recorded: dict[str, Any] = {
+        "title": title,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "models": list(chosen),
+        "references": list(fixed),
+        "schemes": schemes,
+        "folds": {name: len(f) for name, f in folds.items()},
+        "held_out_class": (split_kwargs or {}).get("seen", DEFAULT_SEEN) if "unseen_combination" in schemes else None,
+        "seeds": list(seeds),
+        "perturbation_key": perturbation_key,
+        "control": list(data.control),
+        "layer": layer,
+        "batch_key": batch_key,
+        "labels_key": labels_key,
+        "train_fraction": train_fraction,
+        "n_cells": n_cells,
+        "model_kwargs": dict(model_kwargs or {}),
+        "train_kwargs": dict(train_kwargs or {}),
+        "setup_kwargs": dict(setup_kwargs or {}),
+        "split_kwargs": dict(split_kwargs or {}),
+    }
+    job = Job(
+        data,
+        chosen,
+        fixed,
+        seeds,
+        scored,
+        model_kwargs or {},
+        train_kwargs or {},
+        truth,
+        Path(cache_dir) if cache_dir else None,
+    )
+    columns = [c for c in (perturbation_key, batch_key, labels_key) if c is not None]
+    recorded["data"] = {
+        "n_cells": adata.n_obs,
+        "n_genes": adata.n_vars,
+        "fingerprint": fingerprint_data(data.adata, columns),
+    }
+    job.fingerprint = recorded["data"]["fingerprint"]
+    recorded["scoring_genes"], recorded["left_out"] = {}, {}
+    total = sum(len(f) for f in folds.values()) * job.n_methods
+    with tqdm(total=total, disable=not progress, unit="fit") as bar:
+        for of_scheme in folds.values():
+            few = sum(len(f.units) for f in of_scheme) < MIN_CONDITIONS
+            for fold in of_scheme:
+                job.run_fold(fold, few, bar)
+    for (name, i), scorer in job.scorers.items():
+        recorded["scoring_genes"][f"{name}, fold {i}"] = int(scorer.genes.sum())
+        left = [*scorer.left_out, *(f"{u}: too few held-out cells" for u in scorer.fold.left_out)]
+        if left:
+            recorded["left_out"][f"{name}, fold {i}"] = left
+    return job.result({**recorded, "versions": versions()})

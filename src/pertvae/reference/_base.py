@@ -187,12 +187,12 @@ class Reference(ABC):
         Returns
         -------
         AnnData as models return it: one block of generated cells a label in the order asked, then their source
-        controls once with observed counts. ``X`` integer counts (CSR), ``obs`` the label as written,
+        controls once with observed counts. ``X`` holds integer counts (CSR), ``obs`` the label as written,
         ``source_cell``, ``generated`` and covariates. ``uns["<class name>_predictions"]`` has the exact shifts
-        (genes x labels); score those, because the mean of the cells follows them up to sampling noise and the
-        scaling to a library. ``uns["pertvae"]`` holds model, version, seed, settings, value_kind, ``ignored``
-        components and ``control_profile``, the mean log1p CP10k of all source cells (training controls by default):
-        ``control_profile`` plus shift is the predicted profile. Nothing is written to ``adata``.
+        (genes x labels); score those, because the mean of the cells follows them only up to sampling noise and to
+        what counts that sum to a library can show. ``uns["pertvae"]`` holds model, version, seed, settings,
+        value_kind, ``ignored`` components and ``control_profile``, the mean log1p CP10k of all source cells (training
+        controls by default): ``control_profile`` plus shift is the predicted profile. Nothing is written to ``adata``.
 
         Raises
         ------
@@ -203,10 +203,11 @@ class Reference(ABC):
 
         Notes
         -----
-        Each generated cell takes the library of its source cell and part of its state. Counts of gene g are negative
-        binomial around a proportion solved such that the mean of log1p CP10k over cells meets control profile plus
-        shift; a source cell's own deviation enters as the Gamma posterior of its rate; counts are multinomial. Genes
-        that are silent in controls are switched on where the shift says so.
+        A generated cell starts as its source cell. Genes that go down are thinned, genes that go up gain counts at the
+        cell's own rate, such that each gene is negative binomial over cells with the overdispersion of the controls,
+        the mean of log1p CP10k over cells is control profile plus shift, and libraries stay the same on average.
+        Genes that are silent in controls are switched on where the shift says so. Without a shift cells are copies of
+        their source.
         """
         shifts, ignored = self._shifts(perturbations, unseen)
         x, obs, profile = self._source(adata, indices, labels)

@@ -142,7 +142,10 @@ def minibatches(
     """
     order = np.argsort(rows, kind="stable")
     blocks = max(1, -(-(batch_size or 4 * INNER_BLOCK) // INNER_BLOCK))
-    loader = model._make_data_loader(adata=adata, indices=rows[order], batch_size=blocks * INNER_BLOCK)
+    # a loader without a generator draws its base seed from the global one
+    loader = model._make_data_loader(
+        adata=adata, indices=rows[order], batch_size=blocks * INNER_BLOCK, generator=torch.Generator()
+    )
     start = 0
     device = model.device
     for tensors in loader:

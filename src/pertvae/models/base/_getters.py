@@ -289,8 +289,11 @@ class GettersMixin:
         ------
         ValueError
             If the method has no such likelihood.
+        RuntimeError
+            If the model is not trained.
         """
         model = cast("PerturbationModel", self)
+        model._check_if_trained(warn=False)
         if not model.capabilities.marginal_ll:
             raise ValueError(f"{type(self).__name__} has no marginal likelihood.")
         adata = model._validate_anndata(adata)

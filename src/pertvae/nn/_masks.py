@@ -55,7 +55,8 @@ def sample_mask(
     else:
         soft = torch.sigmoid(logits).expand(uniform.shape)
         hard = (uniform < soft).to(soft.dtype)
-    return hard + soft - soft.detach()
+    # in this order the added term is exactly zero, so that masks are exactly 0 or 1
+    return hard + (soft - soft.detach())
 
 
 def mask_kl(logits: Tensor, mask: Tensor, prior: float, gradient: MaskGradient = "gumbel") -> Tensor:

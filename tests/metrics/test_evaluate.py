@@ -113,7 +113,8 @@ def test_reference_is_scored_by_its_exact_shift(screen: ad.AnnData) -> None:
         assert pick(table, "l2_delta", c) == pytest.approx(np.linalg.norm(truth.shifts.loc[c] - delta))
     assert pick(table, "pearson_delta_perturbed") > 0.9
     # without a control profile (a model) the profile is that of the cells, the delta still the stored shift
-    model = evaluate(as_reference(screen, truth.shifts, None), observed, KEY, CONTROL)
+    metrics = ["l2_profile", "l2_delta"]
+    model = evaluate(as_reference(screen, truth.shifts, None), observed, KEY, CONTROL, metrics=metrics)
     assert pick(model, "l2_delta") == pytest.approx(pick(table, "l2_delta"))
     assert pick(model, "l2_profile") > 2 * pick(table, "l2_profile")
 
@@ -153,6 +154,12 @@ def test_genes_are_chosen_after_normalising(halves) -> None:
     at = [2, 6, 99]
     expected = np.linalg.norm(means(first, at).loc["P002"] - means(second, at).loc["P002"])
     assert pick(table, "l2_profile", "P002") == pytest.approx(expected)
+    truth = read_truth(first)
+    reference = as_reference(first, truth.shifts, truth.control_profile.to_numpy())
+    found = evaluate(reference, second, KEY, CONTROL, metrics="l2_profile", genes=genes)
+    exact = truth.control_profile + truth.shifts.loc["P002"]
+    expected = np.linalg.norm(exact.iloc[at] - means(second, at).loc["P002"].to_numpy())
+    assert pick(found, "l2_profile", "P002") == pytest.approx(expected)
     mask = first.var_names.isin(genes)
     pd.testing.assert_frame_equal(table, evaluate(first, second, KEY, CONTROL, metrics="l2_profile", genes=mask))
 
@@ -220,18 +227,22 @@ def test_shared_controls_are_refused(screen: ad.AnnData, halves) -> None:
         evaluate(reference, second, KEY, CONTROL, metrics="l2_delta", train=screen)
 
 
-def test_generated_controls_do_not_stand_for_controls(screen: ad.AnnData, halves) -> None:
-    _, second = halves
-    truth = read_truth(screen)
-    predicted = as_reference(screen[::2].copy(), truth.shifts.iloc[:2], None)
-    extra = predicted[predicted.obs["generated"].to_numpy()][:20].copy()
-    extra.obs[KEY] = CONTROL
-    both = ad.concat([predicted, extra], uns_merge="first", index_unique="-")
-    both.uns = predicted.uns
-    pd.testing.assert_frame_equal(
-        evaluate(both, second, KEY, CONTROL, metrics="l2_delta"),
-        evaluate(predicted, second, KEY, CONTROL, metrics="l2_delta"),
-    )
+def test_generated_controls_do_not_stand_for_controls(halves) -> None:
+    # a model asked for its control writes generated cells under the control's label
+    first, second = halves
+    plain = first.copy()
+    plain.obs["generated"] = (plain.obs[KEY] != CONTROL).to_numpy()
+    zero_dose = first[first.obs[KEY] == "P001"].copy()
+    zero_dose.obs[KEY], zero_dose.obs["generated"] = CONTROL, True
+    both = ad.concat([plain, zero_dose], index_unique="-")
+    expected = evaluate(first, second, KEY, CONTROL, metrics="l2_delta")
+    pd.testing.assert_frame_equal(evaluate(both, second, KEY, CONTROL, metrics="l2_delta"), expected)
+    # nor do source cells under a condition's label stand for that condition
+    seen = plain.copy()
+    seen.obs.loc[seen.obs_names[(seen.obs[KEY] == "P001").to_numpy()][:10], "generated"] = False
+    fewer = evaluate(seen, second, KEY, CONTROL, metrics="l2_delta")
+    counts = first.obs[KEY].value_counts()
+    assert fewer.set_index("condition")["n_predicted"]["P001"] == counts["P001"] - 10
 
 
 def test_what_is_missing_is_named(halves) -> None:
@@ -371,6 +382,19 @@ def test_resampling_spread_is_that_of_new_cells() -> None:
         table = evaluate(predicted, draw(60), KEY, CONTROL, metrics="l2_profile", n_resamples=150, level=0.6827)
         bands.append((table["upper"] - table["lower"]).iloc[-1] / 2)
     assert 0.7 < np.mean(bands) / np.std(scores) < 1.4
+
+
+def test_controls_are_resampled_too(halves) -> None:
+    first, second = halves
+    still = second[second.obs[KEY].isin([CONTROL, "P001"])].copy()
+    x = still.X.toarray()
+    rows = (still.obs[KEY] == "P001").to_numpy()
+    x[rows] = x[rows][0]  # cells without variance: what moves is the control
+    still.X = sp.csr_matrix(x)
+    arguments = {"control": CONTROL, "conditions": ["P001"], "n_resamples": 10}
+    spread = resample(first, still, KEY, metrics=["l2_profile", "l2_delta"], **arguments)
+    spread = spread[spread["level"] == "condition"].groupby("metric")["value"].agg(lambda v: v.round(9).nunique())
+    assert spread.to_dict() == {"l2_delta": 10, "l2_profile": 1}
 
 
 def test_energy_distance_resamples_by_weights(halves) -> None:

@@ -1,8 +1,5 @@
 """References on the 2,140-cell, 250-gene subset of Norman 2019 and the 5,378-cell subset of Datlinger 2021."""
 
-import os
-from pathlib import Path
-
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -12,16 +9,21 @@ from pertvae import pp, reference
 from pertvae._expression import mean_profile
 from pertvae._labels import canonical_labels
 
-DATA = Path(os.environ.get("PERTVAE_DATA") or Path(__file__).parents[3] / "shared" / "data")
 CLASSES = [getattr(reference, n) for n in reference.__all__ if n != "Reference"]
 KEYS = {"perturbation_key": "perturbation", "control": "control"}
 pytestmark = pytest.mark.real
 
 
-def load(name):
-    if not (DATA / name).exists():
-        pytest.skip(f"{name} is not in {DATA}: set PERTVAE_DATA to the folder of the real subsets.")
-    return ad.read_h5ad(DATA / name)
+@pytest.fixture
+def load(data_dir):
+    """Read a real subset; ``data_dir`` skips when the folder is absent."""
+
+    def read(name):
+        if not (data_dir / name).exists():
+            pytest.skip(f"{name} is not in {data_dir}")
+        return ad.read_h5ad(data_dir / name)
+
+    return read
 
 
 def held_out_errors(adata, n_folds):
@@ -41,7 +43,7 @@ def held_out_errors(adata, n_folds):
     return pd.DataFrame(rows).T
 
 
-def test_ridge_is_the_bar_on_norman_doubles():
+def test_ridge_is_the_bar_on_norman_doubles(load):
     errors = held_out_errors(load("norman2019_subset.h5ad"), n_folds=2)
     print(errors.round(3).to_string(), errors.mean().round(3).to_string(), sep="\n")
     assert len(errors) == 2
@@ -51,7 +53,7 @@ def test_ridge_is_the_bar_on_norman_doubles():
     assert mean["RidgeAdditive"] <= mean["CalibratedAdditive"]
 
 
-def test_additive_overshoots_on_datlinger_and_ridge_does_not():
+def test_additive_overshoots_on_datlinger_and_ridge_does_not(load):
     adata = load("datlinger2021_scifi_subset.h5ad")
     errors = held_out_errors(adata, n_folds=4)
     print(errors.mean().round(3).to_string())
@@ -71,7 +73,7 @@ def test_additive_overshoots_on_datlinger_and_ridge_does_not():
         ("zhao2021_gbm_panobinostat.h5ad", "panobinostat"),
     ],
 )
-def test_generated_cells_carry_the_shift(name, label):
+def test_generated_cells_carry_the_shift(load, name, label):
     adata = load(name)
     fitted = reference.RidgeAdditive(penalty=1e-3).fit(adata, "perturbation", "control")
     pred = fitted.predict_perturbation(label, n_cells=2000)

@@ -54,10 +54,10 @@ def test_prediction_has_the_layout_of_a_model(cls, screen, tmp_path):
     np.testing.assert_allclose(info["control_profile"], mean_profile(controls))
     np.testing.assert_allclose(fitted.control_profile_, mean_profile(controls))
     assert f"{cls.__name__.lower()}_predictions" in pred.uns
-    pd.testing.assert_frame_equal(predicted_shifts(pred), fitted.predict_shift(labels))
+    pd.testing.assert_frame_equal(predicted_shifts(pred), fitted.predict_shift(labels), check_column_type=False)
     pred.write_h5ad(tmp_path / "x.h5ad")
     back = ad.read_h5ad(tmp_path / "x.h5ad")
-    pd.testing.assert_frame_equal(predicted_shifts(back), fitted.predict_shift(labels))
+    pd.testing.assert_frame_equal(predicted_shifts(back), fitted.predict_shift(labels), check_column_type=False)
     assert back.uns["pertvae"]["seed"] == 0
     # nothing was written to the screen
     pd.testing.assert_frame_equal(screen.obs, before.obs)

@@ -80,8 +80,13 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
     if layer is None:
         return adata.X
     if layer not in adata.layers:
-        raise KeyError(f"layer={layer!r} is not a layer of adata.{hint(layer, adata.layers)}")
+        raise KeyError(f"layer={layer!r} is not a layer of adata.{hint(layer, _layers(adata))}")
     return adata.layers[layer]
+
+
+def _layers(adata: AnnData) -> list[str]:
+    """Return the names of layers; newer versions of anndata list X among them as ``None``."""
+    return [str(n) for n in adata.layers if n is not None]
 
 
 def training_rows(obs: pd.DataFrame, split_key: str | None) -> np.ndarray:
@@ -123,7 +128,7 @@ def check_counts(adata: AnnData, x: Any, rows: np.ndarray, layer: str | None) ->
             )
         whole = whole and bool((values == np.floor(values)).all())
     if not whole:
-        likely = next((n for n in adata.layers if "count" in n.lower() or "raw" in n.lower()), None)
+        likely = next((n for n in _layers(adata) if "count" in n.lower() or "raw" in n.lower()), None)
         warnings.warn(
             f"{'X' if layer is None else f'layers[{layer!r}]'} is not whole numbers, but references start from raw "
             f"counts. {f'Did you mean layer={likely!r}?' if likely else 'Pass layer with the raw counts.'}",

@@ -132,6 +132,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         title = f"simulated screen ({kind})"
         arguments.perturbation_key = arguments.perturbation_key or "perturbation"
         arguments.control = arguments.control or ["control"]
+        arguments.folds = arguments.folds or 1
         arguments.batch_key = arguments.batch_key or ("batch" if "batch" in adata.obs else None)
     else:
         adata = _read(arguments.screen)
@@ -237,7 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--folds",
         type=int,
-        help="folds; 1 holds out all combinations at once (default: combinations in turn in at most 4, otherwise 1)",
+        help="folds; 1 holds out all combinations at once (default: combinations in turn in at most 4; 1 with "
+        "--simulate and for the other schemes)",
     )
     bench.add_argument("--n-cells", type=int, default=2000, help="cells predicted a condition (default: %(default)s)")
     _add_epochs(bench)

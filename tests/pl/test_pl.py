@@ -103,7 +103,7 @@ def test_treatment_effects_default_takes_the_largest_first(effects):
 
 def test_training_curves_draws_both_splits(history):
     axes = pl.training_curves(SimpleNamespace(history=history)).axes
-    assert [a.get_title() for a in axes] == ["negative ELBO", "KL of the cells", "KL of the effects"]
+    assert [a.get_title() for a in axes] == ["negative ELBO", "KL of the cells", "KL of the effects (total)"]
     for line in axes[0].lines:
         np.testing.assert_allclose(line.get_ydata(), history["elbo_train"].iloc[:, 0])
     # the steep first epoch does not set the scale

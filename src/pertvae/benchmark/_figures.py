@@ -122,19 +122,7 @@ def paired_figure(result: BenchmarkResult, scheme: str, model: str, reference: s
     limits = (low - margin, high + margin)
     ax.plot(limits, limits, color=MUTED, linewidth=1, zorder=0)
     ax.scatter(x, y, s=30, color=COLORS[1], edgecolors="white", linewidths=0.6)
-    if len(pairs) <= 20:
-        for name, a, b in zip(pairs.index, x, y, strict=True):
-            text = shorten(str(name).split(":", 1)[1], 22)
-            left = a > (low + high) / 2
-            ax.annotate(
-                text,
-                (a, b),
-                xytext=(-5 if left else 5, 3),
-                textcoords="offset points",
-                fontsize=7,
-                color=INK,
-                ha="right" if left else "left",
-            )
+    _name_points(ax, pairs.index.astype(str).str.split(":", n=1).str[1], x, y, limits)
     ax.set_xlim(limits)
     ax.set_ylim(limits)
     ax.set_aspect("equal")
@@ -169,7 +157,7 @@ def shifts_figure(result: BenchmarkResult, scheme: str, model: str, n: int = 2) 
         return None
     order = sorted(found, key=lambda name: float(np.linalg.norm(found[name][0] - found[name][1])))
     if len(order) > 2 * n:
-        chosen = [(m, "best") for m in order[:n]] + [(m, "worst") for m in order[-n:]]
+        chosen = [(m, "smallest") for m in order[:n]] + [(m, "largest") for m in order[-n:]]
     else:
         chosen = [(m, "") for m in order]
     figure = new_figure((2.7 * max(len(chosen), 2), 3.1))
@@ -182,17 +170,36 @@ def shifts_figure(result: BenchmarkResult, scheme: str, model: str, n: int = 2) 
         ax.axhline(0, color="#dddddd", linewidth=0.8, zorder=0)
         ax.axvline(0, color="#dddddd", linewidth=0.8, zorder=0)
         ax.plot([-limit, limit], [-limit, limit], color=MUTED, linewidth=1, zorder=0)
-        ax.scatter(observed, predicted, s=9, color=COLORS[1 if which != "best" else 2], alpha=0.6, linewidths=0)
+        ax.scatter(observed, predicted, s=9, color=COLORS[2 if which == "smallest" else 1], alpha=0.6, linewidths=0)
         ax.set_xlim(-limit, limit)
         ax.set_ylim(-limit, limit)
         ax.set_aspect("equal")
-        heading = f"{which}: " if which else ""
-        ax.set_title(heading + shorten(unit, 24), fontsize=9)
+        heading = f"{which} error\n" if which else ""
+        ax.set_title(heading + shorten(unit, 30), fontsize=9)
         ax.set_xlabel("observed shift (log1p CP10k)", fontsize=8)
         ax.tick_params(labelsize=7)
         tidy(ax)
     axes[0].set_ylabel("predicted shift", fontsize=8)
     return figure
+
+
+def _name_points(
+    ax: Axes, names: pd.Index, x: np.ndarray, y: np.ndarray, limits: tuple[float, float], most: int = 12
+) -> None:
+    """Name the points farthest from the diagonal, leaving out names that would lie on another."""
+    span = limits[1] - limits[0]
+    placed: list[tuple[float, float]] = []
+    for i in np.argsort(-np.abs(x - y), kind="stable"):
+        left = x[i] > limits[0] + span / 2
+        at = (float(x[i] - (0.3 * span if left else 0.0)), float(y[i]))
+        if any(abs(at[0] - a) < 0.3 * span and abs(at[1] - b) < 0.045 * span for a, b in placed):
+            continue
+        text = shorten(names[i], 22)
+        offset, side = ((-5, 2), "right") if left else ((5, 2), "left")
+        ax.annotate(text, (x[i], y[i]), xytext=offset, textcoords="offset points", fontsize=7, color=INK, ha=side)
+        placed.append(at)
+        if len(placed) == most:
+            return
 
 
 def _dot(ax: Axes, y: int, row: pd.Series) -> None:

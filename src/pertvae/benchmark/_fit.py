@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +87,8 @@ def run_model(
     cls.setup_anndata(adata, **setup, **data.setup_kwargs)
     with _seeded(seed):
         model = cls(adata, **model_kwargs)
-        model.train(**_train_arguments(model, train_kwargs, on_epoch))
+        with contextlib.redirect_stdout(io.StringIO()):  # scvi-tools prints why training stopped, across the bar
+            model.train(**_train_arguments(model, train_kwargs, on_epoch))
         fitted = time.perf_counter()
         predicted = {}
         for context in fold.contexts:

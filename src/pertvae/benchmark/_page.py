@@ -25,11 +25,13 @@ p { margin: .5rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 .verdict { border-left: 4px solid var(--mark); background: var(--tint); padding: .7rem 1rem; margin: 1rem 0; }
 .verdict p { max-width: none; margin: .35rem 0; font-size: 1.05rem; }
 .box { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; margin: .7rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100%; }
+table { border-collapse: separate; border-spacing: 0; width: 100%;
+  font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--tint); font-weight: 600; vertical-align: bottom; }
 th.wrap { white-space: normal; min-width: 7.5rem; }
 tr:last-child td { border-bottom: 0; }
+th.text, td.text { text-align: left; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 th:first-child { background: var(--tint); }
 tr.model td { font-weight: 600; background: #fff6ec; }
@@ -45,7 +47,8 @@ dl { margin: .5rem 0; } dt { font-weight: 600; margin-top: .6rem; }
 dd { margin: 0; color: var(--soft); max-width: 46rem; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 640px) { main { padding: 18px 14px 40px; } h1 { font-size: 1.35rem; }
-  th, td { padding: .34rem .5rem; } table.settings td:first-child { white-space: normal; } }
+  th, td { padding: .34rem .5rem; } td:first-child { white-space: normal; max-width: 9rem; }
+  table.settings td:first-child { white-space: normal; } }
 @media print { body { background: #fff; } .box { overflow: visible; border: 0; } }
 """
 
@@ -76,7 +79,9 @@ def verdict(sentences: Sequence[str]) -> str:
     return '<div class="verdict">' + "".join(paragraph(s) for s in sentences) + "</div>"
 
 
-def table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str | tuple[str, str]]]], css: str = "") -> str:
+def table(
+    columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str | tuple[str, str]]]], css: str = "", texts: int = 1
+) -> str:
     """Return a table in a box of its own that scrolls when it is too wide.
 
     Parameters
@@ -87,11 +92,17 @@ def table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str | tuple
         Class of the row, and its cells: text, or text with a smaller line under it.
     css
         Class of the table.
+    texts
+        How many columns, from the left, hold words.
     """
-    head = "".join(f'<th{_css("wrap" if len(c) > 16 else "")} scope="col">{escape(c)}</th>' for c in columns)
+    heads = []
+    for i, column in enumerate(columns):
+        classes = ["text"] * (i < texts) + ["wrap"] * (len(column) > 16)
+        heads.append(f'<th{_css(" ".join(classes))} scope="col">{escape(column)}</th>')
+    head = "".join(heads)
     body = []
     for kind, cells in rows:
-        body.append(f"<tr{_css(kind)}>" + "".join(_cell(c) for c in cells) + "</tr>")
+        body.append(f"<tr{_css(kind)}>" + "".join(_cell(c, i < texts) for i, c in enumerate(cells)) + "</tr>")
     top = f"<thead><tr>{head}</tr></thead>" if columns else ""
     return f'<div class="box" tabindex="0"><table{_css(css)}>{top}<tbody>{"".join(body)}</tbody></table></div>'
 
@@ -107,22 +118,23 @@ def details(title: str, body: Iterable[str]) -> str:
 
 
 def embedded(figure: Figure, caption: str) -> str:
-    """Return a figure inside the page (PNG in base64), never shrunk below legibility: its box scrolls instead."""
+    """Return a figure inside the page (PNG in base64), shrunk to 70% at most: below that its box scrolls."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=160, bbox_inches="tight")
     data = base64.b64encode(file.getvalue()).decode("ascii")
     width = int(int.from_bytes(file.getvalue()[16:20], "big") / 160 * 96)  # CSS pixels at the size it was drawn
-    style = f"width: {width}px; min-width: min({width}px, max(100%, {int(width * 0.7)}px)); max-width: {width}px"
+    style = f"width: clamp({int(width * 0.7)}px, 100%, {width}px)"
     return (
         f'<figure><div class="box"><img style="{style}" alt="{escape(caption, quote=True)}" '
         f'src="data:image/png;base64,{data}"></div><figcaption>{escape(caption)}</figcaption></figure>'
     )
 
 
-def _cell(cell: str | tuple[str, str]) -> str:
+def _cell(cell: str | tuple[str, str], text: bool) -> str:
+    css = _css("text" if text else "")
     if isinstance(cell, tuple):
-        return f"<td>{escape(cell[0])}<small>{escape(cell[1])}</small></td>"
-    return f"<td>{escape(cell)}</td>"
+        return f"<td{css}>{escape(cell[0])}<small>{escape(cell[1])}</small></td>"
+    return f"<td{css}>{escape(cell)}</td>"
 
 
 def _css(name: str) -> str:

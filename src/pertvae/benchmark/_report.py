@@ -57,7 +57,7 @@ def write_report(result: BenchmarkResult, path: Path) -> Path:
             ("", [r["model"], str(r["fold"]), "" if r["seed"] < 0 else str(r["seed"]), r["error"]])
             for r in records(failed)
         ]
-        body.append(_page.table(["Method", "Fold", "Seed", "Error"], rows))
+        body.append(_page.table(["Method", "Fold", "Seed", "Error"], rows, texts=4))
     drawn = figures(result)
     summary = result.summary()
     for scheme in result.schemes:
@@ -229,7 +229,7 @@ def _comparison(result: BenchmarkResult, scheme: str) -> str:
     head = _page.heading(f"Model minus reference: {plain_name(metric)}", 3)
     words = f"Paired by condition. The best reference is {best}." if best else "Paired by condition."
     columns = ["Model", "Reference", "Difference", f"{CONFIDENCE:.0%} interval", "Verdict"]
-    return head + _page.paragraph(words, "soft") + _page.table(columns, cells)
+    return head + _page.paragraph(words, "soft") + _page.table(columns, cells, texts=2)
 
 
 def _figure(name: str, figure: Any) -> str:
@@ -257,4 +257,4 @@ def _fits_table(fits: pd.DataFrame) -> str:
         status = "read from the cache" if r["cached"] else r["status"]
         rows.append(("", [r["model"], r["scheme"], str(r["fold"]), seed, *times, status]))
     columns = ["Method", "Scheme", "Fold", "Seed", "Fit (s)", "Predict (s)", "Status"]
-    return _page.table(columns, rows)
+    return _page.table(columns, rows, texts=2)

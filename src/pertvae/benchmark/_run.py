@@ -147,7 +147,7 @@ def run(
     }
     recorded: dict[str, Any] = {
         "title": title,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "models": list(chosen),
         "references": list(fixed),
         "schemes": schemes,

@@ -34,9 +34,10 @@ def programs(
 ) -> Figure:
     """Draw which perturbation moves which program, and the genes of each program.
 
-    Columns are perturbations (alike ones side by side), rows are programs. Colour is the effect in units of the
-    latent; a dot says that the program is included, a larger dot with more certainty. The genes with the largest
-    absolute loading stand beside each program, with an arrow for the direction in which a positive effect moves them.
+    Columns are perturbations (alike ones side by side), rows are programs. Colour is the effect in units of the basal
+    state's prior standard deviation; a dot says that the program is included, a larger dot with more certainty. The
+    genes with the largest absolute loading stand beside each program, with an arrow for the direction in which a
+    positive effect moves them.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ def programs(
         beside.tick_params(length=0, labelcolor=INK)
         beside.spines["right"].set_visible(False)
     bar = figure.colorbar(image, ax=ax, location="bottom", shrink=0.5, aspect=30, pad=0.02)
-    bar.set_label("effect on the latent (red: up, blue: down)", fontsize=8)
+    bar.set_label("effect (standard deviations of the basal state; red: up, blue: down)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
     tidy(ax)

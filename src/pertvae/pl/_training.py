@@ -20,7 +20,7 @@ _TITLES = {
     "elbo": "negative ELBO",
     "reconstruction_loss": "reconstruction",
     "kl_local": "KL of the cells",
-    "kl_global": "KL of the effects",
+    "kl_global": "KL of the effects (total)",
 }
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 # Before torch or numpy start their thread pools: one thread a worker unless the environment says otherwise.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(_name, os.environ.get("OMP_NUM_THREADS", "1"))
+    # numba fails when its variable changes after the import, and a pytest plugin may have imported it
+    if not (_name == "NUMBA_NUM_THREADS" and "numba" in sys.modules):
+        os.environ.setdefault(_name, os.environ.get("OMP_NUM_THREADS", "1"))
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import numpy as np  # noqa: E402

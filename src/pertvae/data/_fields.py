@@ -261,7 +261,7 @@ class PerturbationManager(AnnDataManager):
             ("batch_key", REGISTRY_KEYS.BATCH_KEY),
             ("labels_key", REGISTRY_KEYS.LABELS_KEY),
             ("size_factor_key", None),
-            ("categorical_covariate_keys", None),
+            ("categorical_covariate_keys", REGISTRY_KEYS.CAT_COVS_KEY),
             ("continuous_covariate_keys", None),
         ):
             keys = arguments.get(argument)
@@ -276,7 +276,8 @@ class PerturbationManager(AnnDataManager):
                     )
                 if argument in ("size_factor_key", "continuous_covariate_keys"):
                     _check_numeric(obs[key], argument)
-                known = registries.get(registry_key, {}).get("state_registry", {}).get("categorical_mapping")
+                state = registries.get(registry_key, {}).get("state_registry", {})
+                known = state.get("mappings", {}).get(key, state.get("categorical_mapping"))
                 if known is not None and not extend:
                     new = sorted(set(obs[key].unique()) - set(known), key=str)
                     if new:

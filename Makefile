@@ -31,7 +31,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-test
 	@touch $@
 
 demo: $(VENV)/.installed-test
-	$(BIN)/pertvae benchmark --simulate --models samsvae --out results/demo
+	$(BIN)/pertvae benchmark --simulate --models samsvae --seeds 0 --out results/demo
 
 # Workers times threads is the number of cores, never more.
 test slow: export OMP_NUM_THREADS ?= 1

@@ -73,9 +73,10 @@ def design_from_labels(
     else:
         require_column(adata.obs, dosage_key, "adata.obs", "dosage_key")
         column = adata.obs[dosage_key]
+        # the dose of a control cell is not read
+        perturbed = np.array([bool(fmt.components(c)) for c in labels.categories])[codes]
         if pd.api.types.is_numeric_dtype(column):
             numeric = column.to_numpy(dtype=np.float64)
-            perturbed = np.array([bool(fmt.components(c)) for c in labels.categories])[codes]
             bad = perturbed & ~(np.isfinite(numeric) & (numeric >= 0))
             if bad.any():
                 i = int(np.flatnonzero(bad)[0])
@@ -86,16 +87,16 @@ def design_from_labels(
             rows = [dict.fromkeys(fmt.components(c), 1.0) for c in labels.categories]
         else:
             doses = pd.Categorical(column)
-            if (doses.codes < 0).any():
-                first = str(adata.obs_names[np.flatnonzero(doses.codes < 0)[0]])
+            missing = perturbed & (doses.codes < 0)
+            if missing.any():
+                first = str(adata.obs_names[np.flatnonzero(missing)[0]])
                 raise ValueError(
-                    f"obs[{dosage_key!r}] has {int((doses.codes < 0).sum())} missing doses, first in cell {first!r}."
+                    f"obs[{dosage_key!r}] has {int(missing.sum())} missing doses, first in cell {first!r}."
                 )
-            pairs, codes = np.unique(codes.astype(np.int64) * len(doses.categories) + doses.codes, return_inverse=True)
-            rows = [
-                fmt.doses(labels.categories[p // len(doses.categories)], doses.categories[p % len(doses.categories)])
-                for p in pairs
-            ]
+            amounts = [*doses.categories, 1.0]  # the last stands for a missing one
+            places = np.where(doses.codes < 0, len(doses.categories), doses.codes)
+            pairs, codes = np.unique(codes.astype(np.int64) * len(amounts) + places, return_inverse=True)
+            rows = [fmt.doses(labels.categories[p // len(amounts)], amounts[p % len(amounts)]) for p in pairs]
     if components is None:
         components = sorted({c for row in rows for c in row})
     else:

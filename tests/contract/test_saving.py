@@ -72,9 +72,9 @@ def test_covariates_and_doses_survive(case, tmp_path):
     model.save(tmp_path / "model")
     loaded = case.cls.load(tmp_path / "model", screen())
     np.testing.assert_array_equal(loaded.get_latent_representation(), model.get_latent_representation())
+    query = screen()
+    del query.obs["dose_text"]
     with pytest.raises(KeyError, match="dose_text"):
-        query = screen()
-        del query.obs["dose_text"]
         loaded.get_latent_representation(query)
 
 

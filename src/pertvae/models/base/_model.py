@@ -261,6 +261,8 @@ def _check_model_file(path: str, class_name: str) -> None:
         raise ValueError(f"{path} is truncated or is not a saved model: save the model again.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
         saved = content["attr_dict"]["registry_"]["model_name"]
     except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} was not written by this package ({type(error).__name__}: {error}).") from error

@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
-    adata = _simulated(arguments.kind, arguments, {})
     out = _file(arguments.out)
+    adata = _simulated(arguments.kind, arguments, {})
     adata.write_h5ad(out)
     print(f"Wrote {out}: {adata.n_obs:,} cells x {adata.n_vars:,} genes, simulated ({arguments.kind}).")
 
@@ -98,6 +98,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    out = _file(arguments.out)
     folder = Path(arguments.model_dir)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder: pass the folder that 'pertvae train --out' wrote.")
@@ -112,7 +113,6 @@ def _predict(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             key_added=None,
         )
-    out = _file(arguments.out)
     predicted.write_h5ad(out)
     print(f"Wrote {out}: {predicted.n_obs:,} cells x {predicted.n_vars:,} genes.")
 

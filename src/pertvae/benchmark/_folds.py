@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pertvae._labels import LabelFormat, canonical_labels
+from pertvae._labels import LabelFormat, canonical_labels, hint
 from pertvae.pp import perturbation_folds, split_perturbations
 
 SPLIT_KEY = "_pertvae_benchmark_split"
@@ -18,6 +18,7 @@ DEFAULT_FOLDS = 4
 DEFAULT_SEEN = "2/2"
 MIN_CELLS = 5
 _ALL = 1.0 - 1e-9
+_OPTIONS = ("seen", "held_out", "test_fraction", "valid_fraction", "control_test_fraction", "seed")
 CONTEXT_MARK = " | "
 
 
@@ -114,7 +115,12 @@ def make_folds(
         raise ValueError(f"train_fraction={train_fraction!r} is out of range: pass a number above 0, at most 1.")
     if n_folds is not None and n_folds < 1:
         raise ValueError(f"n_folds={n_folds!r} is out of range: pass 1 or more.")
+    for name in split_kwargs or {}:
+        if name not in _OPTIONS:
+            raise ValueError(f"split_kwargs: {name!r} is not an option.{hint(name, _OPTIONS)}")
     options: dict[str, Any] = {"valid_fraction": 0.0, **(split_kwargs or {})}
+    if n_folds is not None and n_folds > 1 and "held_out" in options:
+        raise ValueError(f"n_folds={n_folds} and held_out exclude each other: folds choose what is held out.")
     if scheme == "unseen_combination":
         options.setdefault("seen", DEFAULT_SEEN)
         if n_folds is None and not options.keys() & {"held_out", "test_fraction"}:

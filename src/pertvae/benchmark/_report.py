@@ -222,7 +222,7 @@ def _comparison(result: BenchmarkResult, scheme: str) -> str:
     cells = []
     for r in records(rows):
         interval = f"{r['lower']:+.3g} to {r['upper']:+.3g}" if np.isfinite(r["lower"]) else "\N{EN DASH}"
-        reference = f"{r['reference']} (best reference)" if r["best_reference"] else r["reference"]
+        reference = (r["reference"], "best reference") if r["best_reference"] else r["reference"]
         css = "model" if r["best_reference"] else ""
         cells.append((css, [r["model"], reference, f"{r['difference']:+.3g}", interval, r["verdict"]]))
     best = best_reference(result, scheme)

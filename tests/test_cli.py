@@ -26,6 +26,11 @@ def screen(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def few_resamplings(monkeypatch):
+    monkeypatch.setattr("pertvae.benchmark._score.N_RESAMPLES", 20)
+
+
 @pytest.fixture(scope="module")
 def trained(screen):
     folder = screen.parent / "model"
@@ -84,7 +89,7 @@ def test_predict_equals_the_library(trained, screen, tmp_path):
     np.testing.assert_array_equal(written.X.toarray(), made.X.toarray())
 
 
-def test_benchmark_on_a_file_writes_everything_and_resumes(screen, tmp_path, capsys):
+def test_benchmark_on_a_file_writes_everything_and_resumes(screen, tmp_path, capsys, few_resamplings):
     out = tmp_path / "results"
     command = [
         "benchmark", str(screen), "--perturbation-key", "perturbation", "--control", "control", "--models", "samsvae",
@@ -132,7 +137,7 @@ def test_benchmark_simulates(tmp_path, monkeypatch):
     assert (seen["n_folds"], seen["seeds"], seen["n_cells"]) == (1, (0, 1, 2), 2000)
 
 
-def test_failed_model_gives_exit_code_1(screen, tmp_path, capsys, monkeypatch):
+def test_failed_model_gives_exit_code_1(screen, tmp_path, capsys, monkeypatch, few_resamplings):
     def broken(self, *args, **kwargs):
         raise RuntimeError("no memory")
 

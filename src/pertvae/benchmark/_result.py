@@ -64,7 +64,17 @@ class BenchmarkResult:
         return list(dict.fromkeys(self.table["metric"].dropna()))
 
     def names(self, kind: str) -> list[str]:
-        """Return the methods of a kind: ``model``, ``reference``, ``duplicate`` or ``oracle``."""
+        """Return the methods of a kind, in the order in which they were run.
+
+        Parameters
+        ----------
+        kind
+            ``"model"``, ``"reference"``, ``"duplicate"`` or ``"oracle"``.
+
+        Returns
+        -------
+        Names as in the column ``model`` of the table.
+        """
         return list(dict.fromkeys(self.table.loc[self.table["kind"] == kind, "model"]))
 
     def by_condition(self, metric: str = HEADLINE, scheme: str | None = None) -> pd.DataFrame:
@@ -246,12 +256,33 @@ class BenchmarkResult:
         return self.report(folder / "report.html")
 
     def trained(self, scheme: str) -> Iterator[tuple[Key, Prediction]]:
-        """Yield the fits of a scheme that went well, in order of fold and seed."""
+        """Yield the fits of a scheme that went well, in order of fold and seed.
+
+        Parameters
+        ----------
+        scheme
+            Name of a scheme that was run.
+
+        Yields
+        ------
+        (scheme, fold, method, seed) and what that method predicted.
+        """
         for key, prediction in sorted(self.predictions.items(), key=lambda item: (item[0][1], item[0][3])):
             if key[0] == scheme and prediction.status == "ok":
                 yield key, prediction
 
     def has_conditions(self, metric: str) -> bool:
+        """Return whether a metric has a value for each condition; others take all conditions at once.
+
+        Parameters
+        ----------
+        metric
+            Name of a metric in the table.
+
+        Returns
+        -------
+        ``True`` or ``False``.
+        """
         rows = self.table[self.table["metric"] == metric]
         return bool((rows["condition"] != POOLED).any())
 

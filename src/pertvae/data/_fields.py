@@ -177,10 +177,10 @@ class CountField(LayerField):
         """Return the matrix, or raise a KeyError that names the layers there are."""
         if self.attr_key is None:
             if adata.X is None:
-                raise KeyError(f"adata.X is empty: pass layer=... with one of {list(adata.layers)}.")
+                raise KeyError(f"adata.X is empty: pass layer=... with one of {_layer_names(adata)}.")
             return adata.X
         if self.attr_key not in adata.layers:
-            raise KeyError(f"layer={self.attr_key!r} is not in adata.layers.{hint(self.attr_key, adata.layers.keys())}")
+            raise KeyError(f"layer={self.attr_key!r} is not in adata.layers.{hint(self.attr_key, _layer_names(adata))}")
         return adata.layers[self.attr_key]
 
     def validate_field(self, adata: AnnData) -> None:
@@ -214,7 +214,7 @@ class CountField(LayerField):
                 if not_whole.any():
                     fractional = _locate(block, int(np.flatnonzero(not_whole)[0]))[2]
         if fractional is not None:
-            likely = [str(n) for n in adata.layers if n != self.attr_key and _whole(adata.layers[n])]
+            likely = [n for n in _layer_names(adata) if n != self.attr_key and _whole(adata.layers[n])]
             if not likely and self.attr_key is not None and _whole(adata.X):
                 likely = ["X"]
             fix = f"Counts seem to be in {likely[0]!r}: pass layer={likely[0]!r}." if likely else "Pass raw counts."
@@ -312,6 +312,11 @@ def _check_genes(adata: AnnData, state: dict) -> None:
     raise ValueError(
         "The genes are not those the model was trained on, in that order. Use adata[:, model.get_var_names()].copy()."
     )
+
+
+def _layer_names(adata: AnnData) -> list[str]:
+    """Return the names of the layers; anndata 0.13 lists X among them under the name None."""
+    return [str(n) for n in adata.layers if n is not None]
 
 
 def _locate(block: Any, position: int) -> tuple[int, int, float]:

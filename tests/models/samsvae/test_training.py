@@ -70,8 +70,8 @@ def test_masks_move_and_would_not_with_the_usual_eps(
         model.train(max_epochs=100, max_steps=200, early_stopping=False, plan_kwargs=plan_kwargs, **quiet)
         moved[eps], gradient[eps] = root_mean_square(logits), float(np.mean(sizes))
     assert gradient[None] < 0.01  # the trap: gradients below scvi-tools' eps
-    assert moved[None] > 0.025
-    assert moved[0.01] < 0.012
+    assert moved[None] > 0.25
+    assert moved[0.01] < 0.12
     assert moved[None] > 2.5 * moved[0.01]
 
 

@@ -316,7 +316,12 @@ class GettersMixin:
     # ---------------------------------------------------------------- steps
 
     def get_gene_names(self) -> np.ndarray:
-        """Return the names of the registered genes, in their order."""
+        """Return the names of the registered genes, in their order.
+
+        Returns
+        -------
+        Array of text, one a gene.
+        """
         model = cast("PerturbationModel", self)
         return np.asarray(model.registry_["field_registries"]["X"]["state_registry"]["column_names"])
 

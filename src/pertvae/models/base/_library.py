@@ -26,8 +26,9 @@ class LibraryEffects:
     use
         Whether validation cells are better described with the effects.
     log_likelihood, log_likelihood_control
-        Mean log-normal log-likelihood of the validation cells' totals with the effects, and from the controls'
-        distribution alone, nats a cell; NaN without validation cells.
+        Mean log-normal log-likelihood of the validation cells' totals with the effects, and without (around the
+        controls' means, or those of all training cells if these do better), nats a cell; NaN without validation
+        cells.
     control_median
         Median total counts of the training controls (of all training cells when no control trains).
     """
@@ -92,13 +93,21 @@ def fit_library_effects(
     if not len(valid):
         return LibraryEffects(effects, False, float("nan"), float("nan"), median)
     with_effects = _log_normal(y[valid], one_hot[valid] @ means + doses[valid] @ effects, variance)
-    counts = np.asarray(one_hot[reference].sum(axis=0)).ravel()
-    overall = y[reference].mean()
-    # groups without controls take the overall mean of the controls
-    group_means = np.where(counts > 0, (one_hot[reference].T @ y[reference]) / np.maximum(counts, 1), overall)
-    spread = max(float((y[reference] - one_hot[reference] @ group_means).var()), 1e-12)
-    alone = _log_normal(y[valid], one_hot[valid] @ group_means, spread)
+    alone = max(_without_effects(y, one_hot, train, valid, cells) for cells in (reference, train))
     return LibraryEffects(effects, bool(tau2 > 0 and with_effects > alone), with_effects, alone, median)
+
+
+def _without_effects(
+    y: np.ndarray, one_hot: sp.csr_matrix, train: np.ndarray, valid: np.ndarray, cells: np.ndarray
+) -> float:
+    """Return the log-likelihood of validation cells around the group means of some training cells.
+
+    The spread is that of all training cells, so that few controls do not lose by their uncertain spread.
+    """
+    counts = np.asarray(one_hot[cells].sum(axis=0)).ravel()
+    means = np.where(counts > 0, (one_hot[cells].T @ y[cells]) / np.maximum(counts, 1), y[cells].mean())
+    spread = max(float(np.mean((y[train] - one_hot[train] @ means) ** 2)), 1e-12)
+    return _log_normal(y[valid], one_hot[valid] @ means, spread)
 
 
 def _log_normal(log_totals: np.ndarray, mean: np.ndarray, variance: float) -> float:

@@ -207,6 +207,10 @@ class PerturbationModule(BaseModuleClass):
             draws = px.sample()
         return (draws.permute(1, 2, 0) if n_samples > 1 else draws).cpu()
 
+    def global_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that belong to single perturbations; the plan gives them their own learning rate."""
+        return []
+
     @abstractmethod
     def basal_posterior(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of each cell's basal latent under its own label.

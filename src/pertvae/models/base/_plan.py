@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -75,6 +76,9 @@ class PerturbationTrainingPlan(TrainingPlan):
         Manager of the training data, or ``None`` when a datamodule brings its own statistics.
     lr, eps, weight_decay, n_epochs_kl_warmup
         As in scvi-tools, with other defaults.
+    global_lr
+        Learning rate of the parameters that belong to single perturbations (masks, effects). Their gradients come
+        from few cells, and masks have far to go from one half to a small prior, so it is ten times the others'.
     **kwargs
         Passed to :class:`scvi.train.TrainingPlan`.
     """
@@ -88,12 +92,28 @@ class PerturbationTrainingPlan(TrainingPlan):
         eps: float = 1e-8,
         weight_decay: float = 1e-6,
         n_epochs_kl_warmup: int | None = None,
+        global_lr: float = 1e-2,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             module, lr=lr, eps=eps, weight_decay=weight_decay, n_epochs_kl_warmup=n_epochs_kl_warmup, **kwargs
         )
         self._manager = manager
+        self.global_lr = global_lr
+
+    def get_optimizer_creator(self) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
+        """Return scvi-tools' optimiser, with a learning rate of their own for the perturbations' parameters."""
+        create = super().get_optimizer_creator()
+        chosen = {id(p) for p in self.module.global_parameters()}
+
+        def with_groups(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+            shared: list[torch.nn.Parameter] = []
+            own: list[torch.nn.Parameter] = []
+            for parameter in parameters:
+                (own if id(parameter) in chosen else shared).append(parameter)
+            return create([{"params": shared}, {"params": own, "lr": self.global_lr}] if own else shared)
+
+        return with_groups
 
     def on_fit_start(self) -> None:
         """Set training counts and input statistics from the training cells."""

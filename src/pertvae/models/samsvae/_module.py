@@ -187,6 +187,11 @@ class SAMSVAEModule(PerturbationModule):
         """Return one posterior draw a cell of ``sum_t d_t m_t e_t``, ``(cells, latents)``."""
         return (doses[:, None] * self.effects.draw(components, uniform, normal)).sum(1)
 
+    def global_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that belong to single perturbations."""
+        named = dict(self.effects.named_parameters())
+        return [named[n] for n in ("mask_logits", "loc", "log_sd", "identity.weight") if n in named]
+
     def program_tables(self) -> tuple[Tensor, Tensor]:
         """Return ``E[m e]`` and the inclusion probability."""
         return self.effects.expected(), self.effects.inclusion

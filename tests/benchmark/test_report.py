@@ -45,7 +45,7 @@ def saved(tmp_path_factory, stand_in_class):
     adata.obs["perturbation"] = pd.Categorical(labels)
     del adata.uns["truth"]
     result = pv.benchmark.run(
-        adata, {"net<1>": stand_in_class}, "unseen_combination", "perturbation", "control", seeds=[0], n_folds=1,
+        adata, {"net<i>": stand_in_class}, "unseen_combination", "perturbation", "control", seeds=[0], n_folds=1,
         n_cells=40, references=["NoChange", "Additive"], progress=False, title="<script>alert(1)</script>",
     )  # fmt: skip
     return result, folder, result.save(folder)
@@ -79,8 +79,8 @@ def test_page_needs_nothing_from_outside(saved):
 def test_labels_are_escaped(saved):
     page = Page(saved[2].read_text())
     assert any("<script>alert(1)</script>" in t for t in page.texts)
-    assert any("net<1>" in t for t in page.texts)
-    assert not {"b", "1"} & {tag for tag, _ in page.tags}
+    assert any("net<i>" in t for t in page.texts)
+    assert not {"b", "i"} & {tag for tag, _ in page.tags}
 
 
 def test_verdict_stands_first_and_settings_are_there(saved):
@@ -89,7 +89,7 @@ def test_verdict_stands_first_and_settings_are_there(saved):
     from pertvae.benchmark._report import verdicts
 
     first = verdicts(result)[0]
-    assert re.search(r"net<1> (is better than|is worse than|shows no difference from) the best reference", first)
+    assert re.search(r"net<i> (is better than|is worse than|shows no difference from) the best reference", first)
     headings = page.texts.index("Predicting combinations of perturbations that were never seen together")
     assert page.texts.index(first) < headings
     for needed in (result.settings["data"]["fingerprint"], result.settings["versions"]["scvi-tools"]):
@@ -112,10 +112,10 @@ def test_figures_show_the_numbers(saved):
     names = [t.get_text() for t in drawn["scores_unseen_combination"].axes[0].get_yticklabels()]
     means = result.summary().query("metric == 'l2_profile'").set_index("model")["value"]
     assert names == list(means.sort_values().index)
-    pairs = drawn["conditions_unseen_combination_net<1>"].axes[0].collections[0].get_offsets()
+    pairs = drawn["conditions_unseen_combination_net<i>"].axes[0].collections[0].get_offsets()
     matrix = result.by_condition()
     best = result.compare().query("best_reference")["reference"].iloc[0]
-    np.testing.assert_allclose(sorted(pairs[:, 1]), sorted(matrix["net<1>"]))
+    np.testing.assert_allclose(sorted(pairs[:, 1]), sorted(matrix["net<i>"]))
     np.testing.assert_allclose(sorted(pairs[:, 0]), sorted(matrix[best]))
 
 

@@ -142,6 +142,9 @@ def test_source_cells(trained):
     given = trained.predict_perturbation("A", indices=perturbed)
     assert block(given, "A").index.tolist() == adata.obs_names[perturbed].tolist()
     assert given.obs.loc[~given.obs["generated"], "perturbation"].tolist() == [CONTROL] * len(perturbed)
+    shuffled = perturbed[[2, 0, 3, 1]]
+    given = trained.predict_perturbation("A", indices=shuffled)
+    np.testing.assert_array_equal(dense(given[~given.obs["generated"].to_numpy()].X), dense(adata.X[shuffled]))
     with pytest.raises(ValueError, match="batch='b9'.*'b0'"):
         trained.predict_perturbation("A", batch="b9")
     with pytest.raises(ValueError, match="labels='t9'"):

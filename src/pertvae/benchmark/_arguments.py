@@ -91,7 +91,9 @@ def read_data(
         if key is not None:
             require_column(adata.obs, key, "adata.obs", argument)
     if layer is not None and layer not in adata.layers:
-        raise KeyError(f"layer={layer!r} is not a layer of adata.{hint(layer, adata.layers)}")
+        raise KeyError(
+            f"layer={layer!r} is not a layer of adata.{hint(layer, [n for n in adata.layers if n is not None])}"
+        )
     x = adata.X if layer is None else adata.layers[layer]
     if not isinstance(x, np.ndarray) and not sp.issparse(x):
         x = adata.to_memory().X if layer is None else adata.to_memory().layers[layer]

@@ -161,7 +161,7 @@ def run_oracle(truth: Any, scorer: Scorer) -> Prediction:
 def merge(parts: Sequence[AnnData]) -> AnnData:
     """Join predictions of several calls: generated cells in order, source controls of the first, all shifts."""
     for part in parts:
-        for layer in list(part.layers):
+        for layer in [name for name in part.layers if name is not None]:  # anndata 0.13 lists X as the layer None
             del part.layers[layer]
     if len(parts) == 1:
         return parts[0]

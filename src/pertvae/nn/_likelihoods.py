@@ -17,31 +17,50 @@ MEAN_FLOOR = 1e-4
 """Added to every expected count: keeps the likelihood of a count at an unexpressed gene finite (published value)."""
 
 
-class _LogRisingFactorial(torch.autograd.Function):
-    """lgamma(x + theta) - lgamma(theta) for counts x and a theta a gene.
+class _NegativeBinomial(torch.autograd.Function):
+    """Log-probability summed over genes, with special functions at non-zero counts only.
 
-    Autograd would sum digamma(x + theta) over cells before it takes digamma(theta) off: for large theta the float32
-    gradient is then rounding error. Here the difference is taken cell by cell.
+    At a count of zero the gamma terms cancel, and most counts are zero. The gradient of theta takes
+    digamma(x + theta) - digamma(theta) count by count: the difference of their sums over cells would be rounding
+    error in float32 when theta is large.
     """
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(theta, x)
-        return torch.lgamma(x + theta) - torch.lgamma(theta)
+    def forward(ctx: Any, mu: Tensor, theta: Tensor, x: Tensor) -> Tensor:
+        cell, gene = x.nonzero(as_tuple=True)
+        count, theta_at = x[cell, gene], theta[gene]
+        terms = torch.lgamma(count + theta_at) - torch.lgamma(theta_at) - torch.lgamma(count + 1)
+        mu_at = mu[..., cell, gene]
+        log_ratio = torch.log1p(mu / theta)
+        # summed as a matrix, pairwise: adding up the non-zeros one by one would lose digits
+        values = -theta * log_ratio
+        values[..., cell, gene] += terms - count * torch.log1p(theta_at / mu_at)
+        ctx.save_for_backward(mu, theta, log_ratio, cell, gene, count, mu_at)
+        return values.sum(-1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        theta, x = ctx.saved_tensors
-        change = torch.digamma(x + theta) - torch.digamma(theta)
-        return (gradients[0] * change).sum_to_size(theta.shape), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        mu, theta, log_ratio, cell, gene, count, mu_at = ctx.saved_tensors
+        grad = gradients[0]
+        theta_at, grad_at = theta[gene], grad[..., cell]
+        share = theta / (mu + theta)
+        grad_mu = -share * grad[..., None]
+        at = grad_at * count * (theta_at / (mu_at * (mu_at + theta_at)))
+        grad_mu[..., cell, gene] += at
+        # d/dtheta: mu / (mu + theta) - log(1 + mu / theta), and at non-zero counts the gamma and count terms
+        dense = (1 - share - log_ratio).flatten(0, -2)
+        grad_theta = grad.flatten() @ dense
+        change = torch.digamma(count + theta_at) - torch.digamma(theta_at) - count / (mu_at + theta_at)
+        sparse = grad_at * change
+        grad_theta.index_add_(0, gene, sparse.sum(tuple(range(sparse.dim() - 1))) if sparse.dim() > 1 else sparse)
+        return grad_mu, grad_theta, None
 
 
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     """Return the summed log-probability of counts under a negative binomial with gene-wise dispersion.
 
     Mean ``mu``, variance ``mu + mu^2 / theta``. Terms without the mean are computed once a cell, not once a
-    particle. Large terms are subtracted gene by gene: the difference of their sums over genes would be off by nats
-    in float32 when theta is large.
+    particle. Exact; counts have no gradient.
 
     Parameters
     ----------
@@ -56,9 +75,7 @@ def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
     -------
     ``(..., cells)``, nats.
     """
-    fixed = _LogRisingFactorial.apply(theta, x) - torch.lgamma(x + 1)
-    varying = x * torch.log1p(theta / mu) + theta * torch.log1p(mu / theta)
-    return fixed.sum(-1) - varying.sum(-1)
+    return _NegativeBinomial.apply(mu, theta.to(mu.dtype), x)
 
 
 def poisson_log_prob(x: Tensor, mu: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_components_without_training_cells_go_to_the_prior(
         )
         model.train(
             max_epochs=450, max_steps=450, split_key="split", batch_size=256, early_stopping=False,
-            plan_kwargs={"lr": 0.04}, **quiet,
+            plan_kwargs={"lr": 0.04, "global_lr": 0.04}, **quiet,
         )  # fmt: skip
         unseen = model.perturbation_names.index("P003")
         assert model.module.cells_per_component[unseen] == 0

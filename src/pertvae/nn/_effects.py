@@ -7,7 +7,7 @@ cell with doses d is shifted by ``sum_t d_t m_t e_t`` (Bereket & Karaletsos 2023
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class SparseEffects(nn.Module):
         self.mask_prior, self.effect_prior_scale = mask_prior, effect_prior_scale
         self.embedding_inference, self.mask_gradient = embedding_inference, mask_gradient
         self.mask_logits = nn.Parameter(torch.zeros(n_components, n_latent))
+        self._kept: tuple[Any, Tensor] | None = None
         if embedding_inference == "correlated":
             # first layer of a perceptron on [mask row, one-hot identity], the identity's columns as a table
             first = nn.Linear(n_latent + n_components, n_hidden)
@@ -130,10 +131,20 @@ class SparseEffects(nn.Module):
         mean, sd = self.posterior(mask, components)
         return mask * (mean + sd * normal)
 
-    def expected(self, n_samples: int = 64) -> Tensor:
-        """Return E[m e], components x latents; Monte Carlo over masks for ``"correlated"`` (seeded)."""
+    def expected(self, n_samples: int = 256) -> Tensor:
+        """Return E[m e], components x latents; Monte Carlo over masks for ``"correlated"`` (seeded).
+
+        Outside training the value is kept until a parameter changes, because getters ask for it once a minibatch.
+        """
         if self.embedding_inference == "mean_field":
             return self.inclusion * self.loc
-        generator = torch.Generator(self.mask_logits.device).manual_seed(0)
-        mask = sample_mask(self.mask_logits.detach(), n_samples, "identity", generator)
-        return (mask * self.posterior(mask)[0]).mean(0)
+        version = (self.mask_logits.device, n_samples, *(p._version for p in self.parameters()))
+        if torch.is_grad_enabled() or self._kept is None or self._kept[0] != version:
+            generator = torch.Generator(self.mask_logits.device).manual_seed(0)
+            total = torch.zeros_like(self.mask_logits)
+            for start in range(0, n_samples, 32):
+                n = min(32, n_samples - start)
+                mask = sample_mask(self.mask_logits.detach(), n, "identity", generator)
+                total = total + (mask * self.posterior(mask)[0]).sum(0)
+            self._kept = (version, total / n_samples)
+        return self._kept[1]

@@ -296,6 +296,10 @@ class GettersMixin:
         model._check_if_trained(warn=False)
         if not model.capabilities.marginal_ll:
             raise ValueError(f"{type(self).__name__} has no marginal likelihood.")
+        if n_mc_samples < 1 or n_mc_samples_per_pass < 1:
+            raise ValueError(
+                f"n_mc_samples={n_mc_samples} and n_mc_samples_per_pass={n_mc_samples_per_pass}: at least 1."
+            )
         adata = model._validate_anndata(adata)
         rows = row_indices(adata, indices)
         unique, inverse = np.unique(rows, return_inverse=True)

@@ -101,8 +101,9 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         datasplitter_kwargs
             For :class:`~pertvae.data.PerturbationDataSplitter`, for example ``external_indexing``.
         plan_kwargs
-            For the training plan: ``lr`` (1e-3), ``global_lr`` (1e-2, of masks and effects), ``weight_decay`` (1e-6),
-            ``eps`` (1e-8), ``n_epochs_kl_warmup`` (``None``: full KL weight throughout), ...
+            For the training plan: ``lr`` (3e-4), ``global_lr`` (1e-2, of effects and the genes' bias and dispersion),
+            ``mask_lr`` (1e-1), ``weight_decay`` (1e-6), ``eps`` (1e-8), ``n_epochs_kl_warmup`` (``None``: full KL
+            weight throughout), ...
         **trainer_kwargs
             For :class:`scvi.train.Trainer`, for example ``gradient_clip_val`` or ``enable_progress_bar``.
 

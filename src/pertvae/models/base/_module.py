@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pertvae._constants import PERTURBATION_REGISTRY_KEY
 from pertvae.nn import ExpressionDecoder
 
-SD_FLOOR = 1e-6
+SD_FLOOR, COUNT_SD_FLOOR = 1e-6, 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class TrainingStatistics:
     ----------
     input_mean, input_sd
         Of the encoder's input for each gene (log1p counts, or the values themselves), ddof 1.
+    output_bias, output_log_scale
+        Where the decoder's gene-wise parameters start: log share of all counts and log inverse dispersion by moments
+        (real values: mean and log standard deviation).
     cells_per_component
         Training cells with a non-zero dose of each component.
     n_cells
@@ -65,6 +68,8 @@ class TrainingStatistics:
 
     input_mean: np.ndarray
     input_sd: np.ndarray
+    output_bias: np.ndarray
+    output_log_scale: np.ndarray
     cells_per_component: np.ndarray
     n_cells: int
 
@@ -113,16 +118,32 @@ class PerturbationModule(BaseModuleClass):
         self.register_buffer("input_mean", torch.zeros(shape.n_genes))
         self.register_buffer("input_sd", torch.ones(shape.n_genes))
         self.register_buffer("cells_per_component", torch.ones(shape.n_components))
+        self.started: Tensor
+        self.register_buffer("started", torch.tensor(False))
 
     def set_training_statistics(self, statistics: TrainingStatistics) -> None:
-        """Fill the buffers from the training cells; called when the fit starts."""
-        sd = np.where(statistics.input_sd < SD_FLOOR, 1.0, statistics.input_sd)
+        """Fill the buffers from the training cells when the fit starts; the first fit also starts the decoder there.
+
+        The first thing a decoder learns are the genes' means and dispersions. From zero that takes thousands of small
+        steps, in which sparse data are learned by heart instead.
+        """
+        # log1p counts of genes seen in few cells must not be blown up to unit variance: the encoder would read them
+        # as names of cells
+        floor = SD_FLOOR if self.gene_likelihood == "normal" else COUNT_SD_FLOOR
+        sd = np.where(statistics.input_sd < SD_FLOOR, 1.0, np.maximum(statistics.input_sd, floor))
         for buffer, value in (
             (self.input_mean, statistics.input_mean),
             (self.input_sd, sd),
             (self.cells_per_component, statistics.cells_per_component),
         ):
             buffer.copy_(torch.as_tensor(value, dtype=torch.float32))
+        if not bool(self.started):
+            with torch.no_grad():
+                self.decoder.out.bias.copy_(torch.as_tensor(statistics.output_bias, dtype=torch.float32))
+                if self.decoder.log_scale is not None:
+                    start = torch.as_tensor(statistics.output_log_scale, dtype=torch.float32)
+                    self.decoder.log_scale.copy_(start)
+            self.started.fill_(True)
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """Return what the encoder reads before standardisation: log1p counts, or the values themselves."""
@@ -208,7 +229,12 @@ class PerturbationModule(BaseModuleClass):
         return (draws.permute(1, 2, 0) if n_samples > 1 else draws).cpu()
 
     def global_parameters(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that belong to single perturbations; the plan gives them their own learning rate."""
+        """Return the parameters that belong to one gene or one perturbation; they have a learning rate of their own."""
+        scale = [] if self.decoder.log_scale is None else [self.decoder.log_scale]
+        return [self.decoder.out.bias, *scale]
+
+    def mask_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the log-odds of masks; they have a learning rate of their own."""
         return []
 
     @abstractmethod

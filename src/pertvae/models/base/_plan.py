@@ -20,6 +20,7 @@ from pertvae._constants import PERTURBATION_REGISTRY_KEY
 from pertvae._expression import row_blocks
 from pertvae.models.base._module import PerturbationModule, TrainingStatistics
 
+THETA_RANGE = (1e-3, 1e2)
 MONITOR = "objective_validation"
 """Reconstruction + local KL + global KL / training cells, nats a cell, at full KL weight."""
 
@@ -38,27 +39,63 @@ def training_statistics(manager: AnnDataManager, cells: np.ndarray, log1p: bool)
     """
     cells = np.sort(np.asarray(cells))
     x = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-    n_genes = x.shape[1]
-    total, squares = np.zeros(n_genes), np.zeros(n_genes)
+    raw, seen = _Moments(x.shape[1]), _Moments(x.shape[1])
     for _, block in row_blocks(x, cells):
-        if sp.issparse(block):
-            y = block.astype(np.float64)
-            y.data = np.log1p(y.data) if log1p else y.data
-            total += np.asarray(y.sum(axis=0)).ravel()
-            squares += np.asarray(y.multiply(y).sum(axis=0)).ravel()
-        else:
-            dense = np.log1p(block.astype(np.float64)) if log1p else block.astype(np.float64)
-            total += dense.sum(axis=0)
-            squares += (dense**2).sum(axis=0)
-    mean = total / len(cells)
-    variance = np.maximum(squares - len(cells) * mean**2, 0.0) / max(len(cells) - 1, 1)
+        values = (sp.csr_matrix(block) if sp.issparse(block) else block).astype(np.float64)
+        raw.add(values)
+        if log1p:
+            seen.add(values.log1p() if sp.issparse(values) else np.log1p(values))
+    if not log1p:
+        seen = raw
     doses = manager.get_from_registry(PERTURBATION_REGISTRY_KEY)[cells]
+    if log1p:
+        share = (raw.total + 0.5) / (raw.total + 0.5).sum()
+        bias, log_scale = np.log(share * len(share)), np.log(raw.inverse_dispersion())
+    else:
+        bias, log_scale = raw.mean, np.log(np.maximum(raw.sd, 1e-3))
     return TrainingStatistics(
-        input_mean=mean,
-        input_sd=np.sqrt(variance),
+        input_mean=seen.mean,
+        input_sd=seen.sd,
+        output_bias=bias,
+        output_log_scale=log_scale,
         cells_per_component=np.bincount(doses.indices[doses.data != 0], minlength=doses.shape[1]),
         n_cells=len(cells),
     )
+
+
+class _Moments:
+    """Sums over cells for each gene, block by block."""
+
+    def __init__(self, n_genes: int) -> None:
+        self.n = 0
+        self.total, self.squares, self.with_library = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes)
+        self.library_squares = 0.0
+
+    def add(self, block: np.ndarray | sp.csr_matrix) -> None:
+        """Add some cells."""
+        library = np.asarray(block.sum(axis=1)).ravel()
+        self.n += len(library)
+        self.total += np.asarray(block.sum(axis=0)).ravel()
+        squares: Any = block.multiply(block) if isinstance(block, sp.csr_matrix) else block**2
+        self.squares += np.asarray(squares.sum(axis=0)).ravel()
+        self.with_library += np.asarray(block.T @ library).ravel()
+        self.library_squares += float(library @ library)
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.total / self.n
+
+    @property
+    def sd(self) -> np.ndarray:
+        return np.sqrt(np.maximum(self.squares - self.n * self.mean**2, 0.0) / max(self.n - 1, 1))
+
+    def inverse_dispersion(self) -> np.ndarray:
+        """Return theta by moments, around the mean library times share: sum mu^2 / sum ((x - mu)^2 - mu)."""
+        share = self.total / max(self.total.sum(), 1.0)
+        mean_squares = share**2 * self.library_squares
+        excess = self.squares - 2 * share * self.with_library + mean_squares - self.total
+        ratio = np.where(excess > 0, mean_squares / np.maximum(excess, 1e-12), THETA_RANGE[1])
+        return np.where(self.total > 0, np.clip(ratio, *THETA_RANGE), 1.0)
 
 
 class PerturbationTrainingPlan(TrainingPlan):
@@ -77,8 +114,10 @@ class PerturbationTrainingPlan(TrainingPlan):
     lr, eps, weight_decay, n_epochs_kl_warmup
         As in scvi-tools, with other defaults.
     global_lr
-        Learning rate of the parameters that belong to single perturbations (masks, effects). Their gradients come
-        from few cells, and masks have far to go from one half to a small prior, so it is ten times the others'.
+        Learning rate of parameters that belong to one perturbation or one gene (effects, decoder bias, dispersion):
+        each has few cells and far to go, so it is thirty times the others'.
+    mask_lr
+        Learning rate of the masks' log-odds, which start at 0 and end several units away.
     **kwargs
         Passed to :class:`scvi.train.TrainingPlan`.
     """
@@ -88,30 +127,31 @@ class PerturbationTrainingPlan(TrainingPlan):
         module: PerturbationModule,
         *,
         manager: AnnDataManager | None = None,
-        lr: float = 1e-3,
+        lr: float = 3e-4,
         eps: float = 1e-8,
         weight_decay: float = 1e-6,
         n_epochs_kl_warmup: int | None = None,
         global_lr: float = 1e-2,
+        mask_lr: float = 1e-1,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             module, lr=lr, eps=eps, weight_decay=weight_decay, n_epochs_kl_warmup=n_epochs_kl_warmup, **kwargs
         )
         self._manager = manager
-        self.global_lr = global_lr
+        self.global_lr, self.mask_lr = global_lr, mask_lr
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
-        """Return scvi-tools' optimiser, with a learning rate of their own for the perturbations' parameters."""
+        """Return scvi-tools' optimiser with the three learning rates."""
         create = super().get_optimizer_creator()
-        chosen = {id(p) for p in self.module.global_parameters()}
+        rates = {id(p): self.global_lr for p in self.module.global_parameters()}
+        rates |= {id(p): self.mask_lr for p in self.module.mask_parameters()}
 
         def with_groups(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            shared: list[torch.nn.Parameter] = []
-            own: list[torch.nn.Parameter] = []
+            groups: dict[float | None, list[torch.nn.Parameter]] = {}
             for parameter in parameters:
-                (own if id(parameter) in chosen else shared).append(parameter)
-            return create([{"params": shared}, {"params": own, "lr": self.global_lr}] if own else shared)
+                groups.setdefault(rates.get(id(parameter)), []).append(parameter)
+            return create([{"params": g} | ({} if lr is None else {"lr": lr}) for lr, g in groups.items()])
 
         return with_groups
 

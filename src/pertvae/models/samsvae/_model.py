@@ -38,7 +38,8 @@ class SAMSVAE(PerturbationModel):
     effect_prior_scale
         Prior standard deviation of effects, in units of the basal state's prior standard deviation.
     embedding_inference
-        Posterior of the effects: ``"mean_field"``, or ``"correlated"`` with the mask.
+        Posterior of the effects: ``"mean_field"``, or ``"correlated"`` with the mask. On simulated screens with and
+        without null perturbations the two reach the same bound, and masks of nulls close sooner with the first.
     basal_inference
         Posterior of the basal state: ``"mean_field"`` reads expression only; ``"correlated"`` also reads the cell's
         shift, which lets it explain only what the perturbation does not.
@@ -83,7 +84,7 @@ class SAMSVAE(PerturbationModel):
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
         mask_prior: float = 0.01,
         effect_prior_scale: float = 1.0,
-        embedding_inference: Literal["mean_field", "correlated"] = "correlated",
+        embedding_inference: Literal["mean_field", "correlated"] = "mean_field",
         basal_inference: Literal["mean_field", "correlated"] = "correlated",
         mask_gradient: Literal["gumbel", "identity"] = "gumbel",
         global_kl: Literal["full", "plate"] = "full",

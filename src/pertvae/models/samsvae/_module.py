@@ -188,9 +188,13 @@ class SAMSVAEModule(PerturbationModule):
         return (doses[:, None] * self.effects.draw(components, uniform, normal)).sum(1)
 
     def global_parameters(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that belong to single perturbations."""
+        """Return the parameters that belong to one gene or one perturbation, without the masks."""
         named = dict(self.effects.named_parameters())
-        return [named[n] for n in ("mask_logits", "loc", "log_sd", "identity.weight") if n in named]
+        return [*super().global_parameters(), *(named[n] for n in ("loc", "log_sd", "identity.weight") if n in named)]
+
+    def mask_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the log-odds of the masks."""
+        return [self.effects.mask_logits]
 
     def program_tables(self) -> tuple[Tensor, Tensor]:
         """Return ``E[m e]`` and the inclusion probability."""

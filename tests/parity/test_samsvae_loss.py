@@ -56,7 +56,14 @@ def module(n_particles: int = 1, **settings: Any) -> SAMSVAEModule:
         for p in made.parameters():
             p.add_(0.2 * torch.randn(p.shape))
     made.set_training_statistics(
-        TrainingStatistics(np.linspace(0.5, 1.5, GENES), np.linspace(0.3, 0.9, GENES), CELLS_PER_COMPONENT, N)
+        TrainingStatistics(
+            input_mean=np.linspace(0.5, 1.5, GENES),
+            input_sd=np.linspace(0.8, 1.9, GENES),
+            output_bias=np.zeros(GENES),
+            output_log_scale=np.zeros(GENES),
+            cells_per_component=CELLS_PER_COMPONENT,
+            n_cells=N,
+        )
     )
     return made.eval()
 

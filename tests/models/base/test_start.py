@@ -9,6 +9,7 @@ import torch
 from anndata import AnnData
 
 import pertvae as pv
+from pertvae.data import PerturbationDataSplitter
 from pertvae.models.base._plan import training_statistics
 
 
@@ -76,3 +77,17 @@ def test_groups_have_their_learning_rates(counts: tuple[AnnData, np.ndarray, np.
     for name in ("effects.loc", "effects.log_sd", "decoder.out.bias", "decoder.log_scale"):
         assert rate[id(named[name])] == 0.2, name
     assert rate[id(named["encoder.first.weight"])] == rate[id(named["decoder.out.weight"])] == 0.1
+
+
+def test_a_splitter_given_is_used(counts: tuple[AnnData, np.ndarray, np.ndarray]) -> None:
+    adata, *_ = counts
+    pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1}
+    model = pv.SAMSVAE(adata, n_latent=2, n_hidden=4)
+    splitter = PerturbationDataSplitter(model.adata_manager, split_key="split", batch_size=1000)
+    model.train(datamodule=splitter, **quiet)
+    np.testing.assert_array_equal(model.test_indices, np.flatnonzero(adata.obs["split"] == "test"))
+    with pytest.raises(ValueError, match="split_key"):
+        model.train(datamodule=splitter, split_key="split", **quiet)
+    with pytest.raises(ValueError, match="resume=True.*Call train again"):
+        model.train(resume=True, **quiet)

@@ -56,7 +56,6 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
     def __init__(self, adata: AnnData | MuData | None = None, registry: dict | None = None) -> None:
         super().__init__(adata, registry)
         self.library_effects_ = None
-        self.trained_batch_size_: int | None = None
 
     # ---------------------------------------------------------------- training
 
@@ -74,6 +73,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         load_sparse_tensor: bool = False,
         datasplitter_kwargs: dict | None = None,
         plan_kwargs: dict | None = None,
+        resume: bool = False,
+        datamodule: PerturbationDataSplitter | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         """Train the model.
@@ -104,6 +105,12 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             For the training plan: ``lr`` (3e-4), ``global_lr`` (1e-2, of effects and the genes' bias and dispersion),
             ``mask_lr`` (1e-1), ``weight_decay`` (1e-6), ``eps`` (1e-8), ``n_epochs_kl_warmup`` (``None``: full KL
             weight throughout), ...
+        resume
+            Go on from the last checkpoint of a killed run. Checkpoints are not written yet, so ``True`` raises; to
+            train a model further call ``train`` again.
+        datamodule
+            Use this :class:`~pertvae.data.PerturbationDataSplitter` of the registered data instead of a new one; then
+            the arguments of the split, ``batch_size`` and ``load_sparse_tensor`` belong to it.
         **trainer_kwargs
             For :class:`scvi.train.Trainer`, for example ``gradient_clip_val`` or ``enable_progress_bar``.
 
@@ -116,18 +123,27 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         -----
         Writes ``history``: a dict of DataFrames, one row an epoch.
         """
+        if resume:
+            raise ValueError("resume=True: there is no checkpoint to go on from. Call train again to train further.")
         self._validate_anndata()
-        datamodule = self._data_splitter_cls(
-            self.adata_manager,
-            split_key=split_key,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size,
-            distributed_sampler="ddp" in str(trainer_kwargs.get("strategy", "")),
-            load_sparse_tensor=load_sparse_tensor,
-            **(datasplitter_kwargs or {}),
-        )
+        if datamodule is None:
+            datamodule = self._data_splitter_cls(
+                self.adata_manager,
+                split_key=split_key,
+                train_size=train_size,
+                validation_size=validation_size,
+                shuffle_set_split=shuffle_set_split,
+                batch_size=batch_size,
+                distributed_sampler="ddp" in str(trainer_kwargs.get("strategy", "")),
+                load_sparse_tensor=load_sparse_tensor,
+                **(datasplitter_kwargs or {}),
+            )
+        elif split_key is not None or getattr(datamodule, "adata_manager", None) is not self.adata_manager:
+            raise ValueError(
+                f"datamodule={type(datamodule).__name__} must be a PerturbationDataSplitter of this model's "
+                "adata_manager, and then split_key belongs to it: PerturbationDataSplitter(model.adata_manager, "
+                "split_key=...)."
+            )
         steps = max(1, math.ceil(datamodule.n_train / batch_size))
         if max_epochs is None:
             max_epochs = int(np.clip(math.ceil(DEFAULT_STEPS / steps), MIN_EPOCHS, MAX_EPOCHS))

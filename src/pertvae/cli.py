@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from pertvae import __version__
@@ -267,7 +268,8 @@ def _add_registration(parser: argparse.ArgumentParser, required: bool) -> None:
     group.add_argument("--layer", help="layer with the raw counts (default: X)")
     group.add_argument("--batch-key", metavar="COLUMN", help="obs column of the technical batch")
     group.add_argument("--labels-key", metavar="COLUMN", help="obs column of the cell type or context")
-    group.add_argument("--dosage-key", metavar="COLUMN", help="obs column of the dose, 1.0 or 1.0+0.5 (default: 1)")
+    if required:  # a benchmark compares cells of one label, whatever their dose
+        group.add_argument("--dosage-key", metavar="COLUMN", help="obs column of the dose, 1.0 or 1.0+0.5 (default: 1)")
 
 
 def _add_epochs(parser: argparse.ArgumentParser) -> None:
@@ -297,7 +299,8 @@ def _registration(arguments: argparse.Namespace) -> dict[str, Any]:
         "sep": arguments.sep,
     }
     optional = ("layer", "batch_key", "labels_key", "dosage_key")
-    return setup | {name: getattr(arguments, name) for name in optional if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name, None) for name in optional}
+    return setup | {name: value for name, value in given.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------- parts
@@ -348,7 +351,7 @@ def _class_of_saved(folder: Path) -> Any:
 
     try:
         name = str(BaseModelClass.load_registry(str(folder))["model_name"])
-    except (KeyError, ValueError, OSError, EOFError, RuntimeError) as error:
+    except (KeyError, ValueError, OSError, EOFError, RuntimeError, UnpicklingError, AttributeError, TypeError) as error:
         raise ValueError(f"{str(folder)!r} holds no model that can be read: {error}") from None
     return _model_class(name)
 

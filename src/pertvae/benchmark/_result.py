@@ -78,7 +78,7 @@ class BenchmarkResult:
         return list(dict.fromkeys(self.table.loc[self.table["kind"] == kind, "model"]))
 
     def by_condition(self, metric: str = HEADLINE, scheme: str | None = None) -> pd.DataFrame:
-        """Return one metric as conditions x methods, averaged over seeds.
+        """Return one metric as conditions x methods, averaged over seeds and, where it recurs, over folds.
 
         Parameters
         ----------
@@ -89,7 +89,7 @@ class BenchmarkResult:
 
         Returns
         -------
-        DataFrame indexed by ``fold:condition`` (with the context after ``|`` where there is one).
+        DataFrame indexed by condition (with the context after ``|`` where there is one).
 
         Raises
         ------
@@ -101,8 +101,7 @@ class BenchmarkResult:
             raise KeyError(f"The metric {metric!r} is not in the table.{hint(metric, self.metrics)}")
         rows = self.table[(self.table["scheme"] == scheme) & (self.table["metric"] == metric)]
         rows = rows[(rows["status"] == "ok") & (rows["condition"] != POOLED)]
-        unit = rows["fold"].astype(str) + ":" + rows["unit"]
-        return rows.assign(_unit=unit).pivot_table(index="_unit", columns="model", values="value").rename_axis(None)
+        return rows.pivot_table(index="unit", columns="model", values="value").rename_axis(None)
 
     def summary(self) -> pd.DataFrame:
         """Return one row a scheme, method and metric: the mean over conditions of the mean over seeds.
@@ -294,7 +293,7 @@ class BenchmarkResult:
         return scheme
 
     def _draws(self, metric: str, scheme: str, model: str) -> pd.DataFrame | None:
-        """Return conditions x draws, averaged over seeds; the same draws for every method."""
+        """Return conditions x draws, averaged over seeds and folds; the same draws for every method."""
         if metric not in self.draws:
             return None
         drawn = self.draws[metric]
@@ -302,8 +301,7 @@ class BenchmarkResult:
         rows = drawn[(index.get_level_values("scheme") == scheme) & (index.get_level_values("model") == model)]
         if rows.empty:
             return None
-        units = rows.index.get_level_values("fold").astype(str) + ":" + rows.index.get_level_values("unit").astype(str)
-        return rows.groupby(units.to_numpy()).mean()
+        return rows.groupby(rows.index.get_level_values("unit").astype(str).to_numpy()).mean()
 
 
 def _verdict(metric: str, lower: float, upper: float, n: int) -> str:

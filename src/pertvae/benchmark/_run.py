@@ -87,12 +87,13 @@ def run(
     metrics
         Names, see :func:`pertvae.metrics.list_metrics`; by default all that the data allow.
     n_cells
-        Cells predicted a condition. Fewer add sampling noise to means: 300 about 5% of the error.
+        Cells predicted a condition. Fewer add sampling noise to means.
     model_kwargs, train_kwargs
         For the constructor and for ``train`` of every model; the value of a key that is a model's name holds only for
         that model.
     setup_kwargs
-        Further arguments of ``setup_anndata``, such as ``dosage_key``.
+        Further arguments of ``setup_anndata``, such as ``categorical_covariate_keys``. Doses are not compared: held-out
+        cells of one label count as one condition.
     split_kwargs
         For :func:`pertvae.pp.split_perturbations`: ``seen``, ``held_out``, ``test_fraction``, ``seed``, ...
     cache_dir
@@ -126,6 +127,11 @@ def run(
     fixed = read_references(references)
     scored = resolve(metrics)
     seeds = read_seeds(seeds)
+    if (setup_kwargs or {}).get("dosage_key") is not None:
+        raise ValueError(
+            f"dosage_key={(setup_kwargs or {})['dosage_key']!r} can not be benchmarked: cells of one label would be "
+            "compared at different doses. Write the dose into the label, or leave dosage_key out."
+        )
     if n_cells < 2:
         raise ValueError(f"n_cells={n_cells!r} is out of range: pass 2 or more.")
     data = read_data(adata, perturbation_key, control, layer, batch_key, labels_key, sep, n_cells, setup_kwargs or {})
@@ -188,7 +194,7 @@ def run(
     total = sum(len(f) for f in folds.values()) * job.n_methods
     with tqdm(total=total, disable=not progress, unit="fit") as bar:
         for of_scheme in folds.values():
-            few = sum(len(f.units) for f in of_scheme) < MIN_CONDITIONS
+            few = len({str(u) for f in of_scheme for u in f.units}) < MIN_CONDITIONS
             for fold in of_scheme:
                 job.run_fold(fold, few, bar)
     for (name, i), scorer in job.scorers.items():

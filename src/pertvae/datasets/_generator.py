@@ -201,7 +201,7 @@ class CountModel:
 
         Counts are sampled, not means. Control and perturbed counts of one draw are coupled (extra counts where the
         rate rises, thinned counts where it falls): the law of each is exact, and the noise of a shift shrinks with
-        the shift, at about a fifth of the variance of independent counts.
+        the shift, at less variance than independent counts.
         """
         z, library, batch, gamma = state
         rates = self.means(z, library, batch) * gamma

@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 
-from pertvae.models.base._requests import Request, choose_cells
+from pertvae.models.base._requests import Request
+from pertvae.models.base._requests import choose_cells as choose_positions
 
 POOL = np.array([3, 5, 8, 13, 21, 34])
+
+
+def choose_cells(pool: np.ndarray, n_cells: int, seed: int) -> np.ndarray:
+    return pool[choose_positions(pool, n_cells, seed)]
+
+
+def test_repeated_cells_are_cells_of_their_own():
+    assert len(choose_positions(np.array([0, 0, 1, 2]), 2, 0)) == 2
+    assert choose_positions(np.array([5, 5, 7]), 3, 0).tolist() == [0, 1, 2]
 
 
 def test_choose_cells():

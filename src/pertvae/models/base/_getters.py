@@ -177,10 +177,12 @@ class GettersMixin:
         perturbations
             Labels or doses as in :meth:`predict_perturbation`; every component by default.
         n_samples
-            Posterior draws; 100 give the ends of a 90% interval to about a tenth of its width.
+            Posterior draws; more make the ends of the interval steadier.
         space
-            ``"log1p_cp10k"``: change of log1p(1e4 rho), rho the expected share of a gene.
-            ``"log2_fold_change"``: change of log2 rho.
+            ``"log1p_cp10k"``: change of log1p(1e4 rho), rho the expected share of a gene. Free of count noise, so on
+            shallow data not the shift of ``predict_perturbation``, which is measured on sampled counts.
+            ``"log2_fold_change"``: change of log2 rho. With ``gene_likelihood="normal"`` both give the change of the
+            mean.
         credible
             Mass of the interval.
         protocol
@@ -333,6 +335,10 @@ class GettersMixin:
         """Return posterior means of the basal state and covariates of at most ``n_cells`` controls."""
         model = cast("PerturbationModel", self)
         pool = control_indices(model, adata)
+        if adata is model.adata and model.test_indices is not None:
+            # test cells are no part of what a model reports; without other controls there is no choice
+            kept = np.setdiff1d(pool, np.asarray(model.test_indices, dtype=np.int64))
+            pool = kept if len(kept) else pool
         rows = np.sort(np.random.default_rng(0).permutation(pool)[:n_cells])
         states, covariates = [], []
         for positions, tensors in minibatches(model, adata, rows):

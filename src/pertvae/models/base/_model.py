@@ -138,12 +138,15 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
                 load_sparse_tensor=load_sparse_tensor,
                 **(datasplitter_kwargs or {}),
             )
-        elif split_key is not None or getattr(datamodule, "adata_manager", None) is not self.adata_manager:
+        elif (split_key, train_size, validation_size, shuffle_set_split, datasplitter_kwargs) != (
+            None, None, None, True, None,
+        ) or getattr(datamodule, "adata_manager", None) is not self.adata_manager:  # fmt: skip
             raise ValueError(
                 f"datamodule={type(datamodule).__name__} must be a PerturbationDataSplitter of this model's "
-                "adata_manager, and then split_key belongs to it: PerturbationDataSplitter(model.adata_manager, "
+                "adata_manager, and then the split belongs to it: PerturbationDataSplitter(model.adata_manager, "
                 "split_key=...)."
             )
+        batch_size = datamodule.data_loader_kwargs.get("batch_size") or batch_size
         steps = max(1, math.ceil(datamodule.n_train / batch_size))
         if max_epochs is None:
             max_epochs = int(np.clip(math.ceil(DEFAULT_STEPS / steps), MIN_EPOCHS, MAX_EPOCHS))
@@ -281,7 +284,7 @@ def _check_model_file(path: str, class_name: str) -> None:
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}")
         saved = content["attr_dict"]["registry_"]["model_name"]
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} was not written by this package ({type(error).__name__}: {error}).") from error
     if saved != class_name:
         raise ValueError(f"{path} holds a {saved}, not a {class_name}: load it with {saved}.load.")

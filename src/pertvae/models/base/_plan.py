@@ -151,7 +151,9 @@ class PerturbationTrainingPlan(TrainingPlan):
             groups: dict[float | None, list[torch.nn.Parameter]] = {}
             for parameter in parameters:
                 groups.setdefault(rates.get(id(parameter)), []).append(parameter)
-            return create([{"params": g} | ({} if lr is None else {"lr": lr}) for lr, g in groups.items()])
+            return create(
+                [{"params": g} | ({} if lr is None else {"lr": lr, "weight_decay": 0.0}) for lr, g in groups.items()]
+            )
 
         return with_groups
 

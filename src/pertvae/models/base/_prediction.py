@@ -148,9 +148,10 @@ class PredictionMixin:
         requests, unknown = parse_requests(model, perturbations, unseen)
         adata = model._validate_anndata(adata)
         pool = control_indices(model, adata, indices, labels, batch)
-        rows = choose_cells(pool, min(len(pool), DEFAULT_CELLS) if n_cells is None else n_cells, seed)
+        chosen = choose_cells(pool, min(len(pool), DEFAULT_CELLS) if n_cells is None else n_cells, seed)
+        rows = pool[chosen]
         sources = model._encode_sources(adata, rows, basal, seed, batch_size)
-        library, mode = model._resolve_library(library_size, sources, pool)
+        library, mode = model._resolve_library(library_size, sources, chosen, len(pool))
 
         table = counts_table(model, adata)
         covariates = covariate_columns(model, adata)
@@ -195,6 +196,11 @@ class PredictionMixin:
                 "library_size": mode,
                 "n_cells": len(rows),
                 "n_source_cells": len(pool),
+                "library_value": float(library[0]) if mode == "number" else float("nan"),
+                "labels": "" if labels is None else str(labels),
+                "batch": "" if batch is None else str(batch),
+                "unseen": unseen,
+                "output": output,
                 "gene_likelihood": str(model.module.gene_likelihood),
             },
         }
@@ -250,7 +256,7 @@ class PredictionMixin:
         return Sources(rows, keys, z, covariates[inverse] if covariates.shape[1] else None, library[inverse])
 
     def _resolve_library(
-        self, library_size: str | float | np.ndarray | None, sources: Sources, pool: np.ndarray
+        self, library_size: str | float | np.ndarray | None, sources: Sources, chosen: np.ndarray, n_pool: int
     ) -> tuple[np.ndarray, str]:
         """Return the library of each predicted cell before effects, and the name of the choice."""
         model = cast("PerturbationModel", self)
@@ -272,10 +278,9 @@ class PredictionMixin:
             raise ValueError(f"library_size must be positive and finite; got {values.ravel()[:3].tolist()}.")
         if values.ndim == 0:
             return np.full(len(sources.rows), float(values), np.float32), "number"
-        if values.shape != (len(pool),):
-            raise ValueError(f"library_size has shape {values.shape}, but there are {len(pool)} source cells.")
-        place = pd.Series(values, index=pool)
-        return place.loc[sources.rows].to_numpy(), "array"
+        if values.shape != (n_pool,):
+            raise ValueError(f"library_size has shape {values.shape}, but there are {n_pool} source cells.")
+        return values[chosen], "array"
 
     def _library_scale(self, request: Request) -> float:
         """Return the factor a perturbation puts on total counts."""

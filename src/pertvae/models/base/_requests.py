@@ -82,12 +82,14 @@ def parse_requests(
 
 
 def choose_cells(pool: np.ndarray, n_cells: int, seed: int) -> np.ndarray:
-    """Return ``n_cells`` of a pool: without replacement while they last, then each once and more with replacement."""
+    """Return positions of ``n_cells`` of a pool: each at most once while they last, then each once and more at random.
+
+    Which cells are taken depends on the seed and the cells, not on their order in the pool; the positions keep it.
+    """
     if n_cells < 1:
         raise ValueError(f"n_cells={n_cells}: at least one cell is needed.")
     rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(np.sort(pool))
+    shuffled = rng.permutation(np.argsort(pool, kind="stable"))
     if n_cells <= len(pool):
-        chosen = set(shuffled[:n_cells].tolist())
-        return np.array([i for i in pool.tolist() if i in chosen]) if n_cells < len(pool) else pool
-    return np.concatenate([pool, rng.choice(shuffled, n_cells - len(pool))])
+        return np.sort(shuffled[:n_cells])
+    return np.concatenate([np.arange(len(pool)), rng.choice(shuffled, n_cells - len(pool))])

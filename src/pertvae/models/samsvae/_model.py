@@ -26,20 +26,20 @@ class SAMSVAE(PerturbationModel):
     registry
         A registration without data (for datamodules and loading).
     n_latent
-        Latent dimensions, each a program. More than needed does no harm: unused ones stay at their prior.
+        Latent dimensions, each a program.
     n_hidden, n_layers
         Width and number of hidden layers of encoder and decoder.
     n_particles
-        Posterior draws a training step. One is enough with these batch sizes; the paper used 5.
+        Posterior draws a training step; the paper used 5.
     gene_likelihood
         ``"nb"`` (gene-wise dispersion), ``"poisson"``, or ``"normal"`` for real values.
     mask_prior
-        Prior probability that a perturbation touches a latent.
+        Prior probability that a perturbation touches a latent. The paper's reported value; a larger one finds weaker
+        effects and, where nothing happens, more that are not there.
     effect_prior_scale
         Prior standard deviation of effects, in units of the basal state's prior standard deviation.
     embedding_inference
-        Posterior of the effects: ``"mean_field"``, or ``"correlated"`` with the mask. On simulated screens with and
-        without null perturbations the two reach the same bound, and masks of nulls close sooner with the first.
+        Posterior of the effects: ``"mean_field"``, or ``"correlated"`` with the mask.
     basal_inference
         Posterior of the basal state: ``"mean_field"`` reads expression only; ``"correlated"`` also reads the cell's
         shift, which lets it explain only what the perturbation does not.
@@ -82,7 +82,7 @@ class SAMSVAE(PerturbationModel):
         n_layers: int = 1,
         n_particles: int = 1,
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
-        mask_prior: float = 0.01,
+        mask_prior: float = 0.001,
         effect_prior_scale: float = 1.0,
         embedding_inference: Literal["mean_field", "correlated"] = "mean_field",
         basal_inference: Literal["mean_field", "correlated"] = "correlated",

@@ -62,7 +62,7 @@ def test_masks_move_and_would_not_with_the_usual_eps(
 ) -> None:
     moved, gradient = {}, {}
     for eps in (None, 0.01):
-        model = model_of(wide_screen, embedding_inference=embedding, n_latent=10, n_hidden=32)
+        model = model_of(wide_screen, embedding_inference=embedding, n_latent=10, n_hidden=32, mask_prior=0.01)
         logits = model.module.effects.mask_logits
         sizes: list[float] = []
         logits.register_hook(lambda g, sizes=sizes: sizes.append(root_mean_square(g)))

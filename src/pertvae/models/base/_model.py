@@ -57,6 +57,11 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         super().__init__(adata, registry)
         self.library_effects_ = None
 
+    def _validate_anndata(self, adata: AnnData | MuData | None = None, copy_if_view: bool = True) -> AnnData | MuData:
+        if adata is None and self.adata is None:
+            raise ValueError("The model has no data: pass adata=..., or load it with load(path, adata).")
+        return super()._validate_anndata(adata, copy_if_view=copy_if_view)
+
     # ---------------------------------------------------------------- training
 
     def train(

@@ -196,7 +196,7 @@ class PredictionMixin:
                 "library_size": mode,
                 "n_cells": len(rows),
                 "n_source_cells": len(pool),
-                "library_value": float(library[0]) if mode == "number" else float("nan"),
+                "library_value": f"{library[0]:.6g}" if mode == "number" else "",
                 "labels": "" if labels is None else str(labels),
                 "batch": "" if batch is None else str(batch),
                 "unseen": unseen,

@@ -15,7 +15,7 @@ INF = float("inf")
 
 
 def energy_distance(x: Any, y: Any, *, unbiased: bool = True, max_cells: int | None = None, seed: int = 0) -> float:
-    """Return the energy distance of two samples of cells, 2 E|X - Y| - E|X - X'| - E|Y - Y'|.
+    """Return the energy distance of two samples of cells, ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``.
 
     Székely and Rizzo (2013), Euclidean norm over all columns given, no PCA.
 

@@ -16,8 +16,8 @@ class RidgeAdditive(Reference):
     """Additive effects from one ridge regression on all training conditions.
 
     The shifts Y (conditions x genes) are fitted by X B, X the multi-hot design (conditions x components), minimising
-    sum_c w_c |Y_c - X_c B|^2 + penalty |B|^2 with weights w_c proportional to the training cells of a condition (mean
-    one). There is no intercept: no component, no shift. Unlike :class:`Additive` it uses combinations too, learns
+    ``sum_c w_c |Y_c - X_c B|^2 + penalty |B|^2`` with weights w_c proportional to the training cells of a condition
+    (mean one). There is no intercept: no component, no shift. Unlike :class:`Additive` it uses combinations too, learns
     components that occur only inside combinations, and shrinks.
 
     Parameters

@@ -176,6 +176,7 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             trainer_kwargs.setdefault("early_stopping_monitor", MONITOR)
             trainer_kwargs.setdefault("early_stopping_patience", max(5, math.ceil(PATIENCE_STEPS / (steps * between))))
             callbacks.append(KeepBest(trainer_kwargs["early_stopping_monitor"]))
+        self.module.train()  # getters and earlier fits leave it in evaluation mode
         plan = self._training_plan_cls(self.module, manager=self.adata_manager, **(plan_kwargs or {}))
         runner = self._train_runner_cls(
             self,

@@ -34,7 +34,8 @@ def test_table_is_tidy_and_complete(result, screen):
     assert (headline["n_observed"] == 20).all()
     rows = headline[headline["kind"] == "reference"]
     assert ((rows["lower"] < rows["value"]) & (rows["value"] < rows["upper"])).all()
-    assert set(table.loc[table["condition"] == "pooled", "metric"]) == {"ate_correlation"}
+    pooled = {m for m in pv.metrics.registry if m.startswith("ate_")}
+    assert set(table.loc[table["condition"] == "pooled", "metric"]) == pooled
     assert (table["status"] == "ok").all()
     assert set(result.fits["model"]) == {"NoChange", "Additive", "duplicate", "oracle", "net"}
     assert len(result.fits) == 2 * (4 + 2)

@@ -26,6 +26,9 @@ def test_list_metrics() -> None:
         "slope": ("one", -np.inf, np.inf),
         "energy_distance": ("lower", -np.inf, np.inf),
         "ate_correlation": ("higher", -1, 1),
+        "ate_r2": ("higher", -np.inf, 1),
+        "ate_correlation_top_20": ("higher", -1, 1),
+        "ate_r2_top_20": ("higher", -np.inf, 1),
         "jaccard_top_20": ("higher", 0, 1),
         "jaccard_top_50": ("higher", 0, 1),
     }

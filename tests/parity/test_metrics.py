@@ -69,15 +69,25 @@ def test_pearson_delta_against_scipy(pair) -> None:
         assert found[label] == pytest.approx(scipy.stats.pearsonr(*deltas).statistic, abs=1e-12)
 
 
-def test_ate_correlation_by_the_definition(pair) -> None:
+def test_average_treatment_effects_by_the_definition(pair) -> None:
     # log2, counts per 10,000, one correlation over the flattened matrices: as published
     def effects(side: ad.AnnData) -> np.ndarray:
         control = transformed(group(side, "control"), np.log2).mean(axis=0)
         return np.stack([transformed(group(side, c), np.log2).mean(axis=0) - control for c in ("A", "B", "A+B")])
 
-    expected = np.corrcoef(effects(pair[0]).ravel(), effects(pair[1]).ravel())[0, 1]
+    p, o = effects(pair[0]), effects(pair[1])
+    expected = np.corrcoef(p.ravel(), o.ravel())[0, 1]
     assert scores(pair, "ate_correlation")["pooled"] == pytest.approx(expected, abs=1e-12)
     assert scores(pair, "pearson_delta")["pooled"] != pytest.approx(expected, abs=1e-3)
+    r2 = 1 - ((o - p) ** 2).sum() / ((o - o.mean()) ** 2).sum()
+    assert scores(pair, "ate_r2")["pooled"] == pytest.approx(r2, abs=1e-12)
+    # 20 genes of each condition, chosen by the truth, then flattened together
+    chosen = [sorted(range(60), key=lambda g, row=row: -abs(row[g]))[:20] for row in o]
+    p_top, o_top = (np.concatenate([row[c] for row, c in zip(m, chosen, strict=True)]) for m in (p, o))
+    assert scores(pair, "ate_correlation_top_20")["pooled"] == pytest.approx(np.corrcoef(p_top, o_top)[0, 1], abs=1e-12)
+    r2_top = 1 - ((o_top - p_top) ** 2).sum() / ((o_top - o_top.mean()) ** 2).sum()
+    assert scores(pair, "ate_r2_top_20")["pooled"] == pytest.approx(r2_top, abs=1e-12)
+    assert len({round(v, 3) for v in (expected, r2, r2_top, np.corrcoef(p_top, o_top)[0, 1])}) == 4
 
 
 def test_l2_closed_form() -> None:

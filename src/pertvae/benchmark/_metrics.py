@@ -41,6 +41,20 @@ _PLAIN = {
         "correlation of all shifts together",
         "One correlation over all conditions and genes at once; strong perturbations dominate it.",
     ),
+    "ate_r2": (
+        "agreement of all shifts together",
+        "Share of the variation of all observed shifts that the predicted ones explain, over all conditions and genes "
+        "at once; it sees their size, and noise in the truth lowers it for every method alike.",
+    ),
+    "ate_correlation_top_20": (
+        "correlation of the largest shifts",
+        "One correlation over the 20 genes of each condition that moved most.",
+    ),
+    "ate_r2_top_20": (
+        "agreement of the largest shifts",
+        "Share of variation explained over the 20 genes of each condition that moved most. They are chosen by the "
+        "truth, noise included.",
+    ),
     "jaccard_top_20": ("overlap of the 20 most changed genes", "Shared genes among the 20 with the largest shift."),
     "jaccard_top_50": ("overlap of the 50 most changed genes", "Shared genes among the 50 with the largest shift."),
 }

@@ -74,24 +74,6 @@ def slope(comparison: Comparison) -> np.ndarray:
     return np.divide((predicted * observed).sum(axis=1), norm, out=np.full(len(norm), np.nan), where=norm > 0)
 
 
-@register(
-    "ate_correlation",
-    direction="higher",
-    range=(-1.0, 1.0),
-    source="SAMS-VAE, arXiv 2311.02794",
-    level="pooled",
-    needs=("deltas",),
-    min_genes=2,
-)
-def ate_correlation(comparison: Comparison) -> float:
-    """One Pearson correlation of the flattened condition x gene matrices of average treatment effects.
-
-    Effects are differences of means of log2(1 + 1e4 x / sum x): our shifts over log 2, which no correlation sees.
-    """
-    predicted, observed = comparison.deltas
-    return float(rowwise_pearson(predicted.ravel(), observed.ravel()))
-
-
 def _top(deltas: np.ndarray, k: int) -> np.ndarray:
     """Return which genes are among the ``k`` with the largest absolute shift; genes that do not move never are."""
     size = np.abs(deltas)

@@ -85,13 +85,9 @@ class GettersMixin(TreatmentEffectsMixin):
         result = np.zeros((len(unique), model.module.n_latent), np.float32)
         noise = np.zeros_like(result) if give_mean else np.random.default_rng(seed).standard_normal(result.shape, "f4")
         for positions, tensors in minibatches(model, adata, unique, batch_size):
-            n = len(positions)
             inputs = model.module._get_inference_input(tensors)
-            value = model.module.offset(inputs["doses"])[:n].cpu().numpy() if kind != "basal" else 0.0
-            if kind != "perturbation":
-                mean, sd = (t[:n].cpu().numpy() for t in model.module.basal_posterior(inputs))
-                value = value + mean + sd * noise[positions]
-            result[positions] = value
+            mean, sd = (t[: len(positions)].cpu().numpy() for t in model.module.latent(inputs, kind))
+            result[positions] = mean + sd * noise[positions]
         result = result[inverse]
         if key_added is not None and len(rows) == adata.n_obs and (rows == np.arange(adata.n_obs)).all():
             name = f"X_{type(self).__name__.lower()}" + ("" if kind == "full" else f"_{kind}")
@@ -143,8 +139,8 @@ class GettersMixin(TreatmentEffectsMixin):
             loadings[k] = (self._expression(z + step, covariates) - before).mean(0).cpu().numpy()
         genes = pd.Index(np.asarray(model.get_gene_names()))
         programs = PerturbationPrograms(
-            pd.DataFrame(effects, index=model.perturbation_names, columns=names),
-            pd.DataFrame(inclusion, index=model.perturbation_names, columns=names),
+            pd.DataFrame(effects, index=self._program_rows(), columns=names),
+            pd.DataFrame(inclusion, index=self._program_rows(), columns=names),
             pd.DataFrame(loadings, index=names, columns=genes),
         )
         if key_added is not None:
@@ -224,6 +220,10 @@ class GettersMixin(TreatmentEffectsMixin):
 
     # ---------------------------------------------------------------- steps
 
+    def _program_rows(self) -> list[str]:
+        """Return the names of the rows of the programs' effects: the perturbations."""
+        return cast("PerturbationModel", self).perturbation_names
+
     def get_gene_names(self) -> np.ndarray:
         """Return the names of the registered genes, in their order.
 
@@ -247,15 +247,19 @@ class GettersMixin(TreatmentEffectsMixin):
         for positions, tensors in minibatches(model, adata, rows):
             inputs = model.module._get_inference_input(tensors)
             states.append(model.module.basal_posterior(inputs)[0][: len(positions)])
-            encoded = model.module.covariates(*(inputs[k] for k in ("batch_index", "labels", "cat_covs", "cont_covs")))
+            encoded = model.module.covariates_of(inputs)
             if encoded is not None:
                 covariates.append(encoded[: len(positions)])
         return torch.cat(states), torch.cat(covariates) if covariates else None
 
     def _expression(self, z: Tensor, covariates: Tensor | None, space: str = "log2_fold_change") -> Tensor:
-        """Return expected expression on a log scale (real values: as it is), cells x genes."""
+        """Return expected expression on a log scale (real values: as it is), cells x genes.
+
+        A decoder that reads doses is told none: the perturbation stands in the latents, or nowhere.
+        """
         model = cast("PerturbationModel", self)
-        px = model.module.decoder(z, covariates, torch.ones(len(z), 1, device=z.device))
+        doses = torch.zeros(1, model.module.shape.n_components, device=z.device)
+        px = model.module.decode(z, doses, covariates, torch.ones(len(z), 1, device=z.device))
         if model.module.gene_likelihood == "normal":
             return px.loc
         rho = px.scale

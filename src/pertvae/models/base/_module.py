@@ -89,6 +89,8 @@ class PerturbationModule(BaseModuleClass):
         Posterior draws a training step.
     gene_likelihood
         ``"nb"``, ``"poisson"`` or ``"normal"``.
+    n_decoder_extra
+        Width of what the decoder reads beside latents and covariates, see :meth:`decoder_extra`.
     """
 
     def __init__(
@@ -100,13 +102,14 @@ class PerturbationModule(BaseModuleClass):
         n_layers: int,
         n_particles: int,
         gene_likelihood: Any,
+        n_decoder_extra: int = 0,
     ) -> None:
         super().__init__()
         self.shape, self.n_latent, self.n_particles = shape, n_latent, n_particles
         self.gene_likelihood = gene_likelihood
         self.decoder = ExpressionDecoder(
             n_latent,
-            shape.n_covariates,
+            n_decoder_extra + shape.n_covariates,
             shape.n_genes,
             n_hidden=n_hidden,
             n_layers=n_layers,
@@ -164,6 +167,10 @@ class PerturbationModule(BaseModuleClass):
             parts.append(cont_covs)
         return torch.cat(parts, dim=-1) if parts else None
 
+    def covariates_of(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Return :meth:`covariates` of the output of ``_get_inference_input``."""
+        return self.covariates(*(inputs[k] for k in ("batch_index", "labels", "cat_covs", "cont_covs")))
+
     def _get_inference_input(self, tensors: dict[str, Tensor], **kwargs: Any) -> dict[str, Any]:
         return {
             "x": tensors[REGISTRY_KEYS.X_KEY],
@@ -182,6 +189,7 @@ class PerturbationModule(BaseModuleClass):
         return {
             "z": inference_outputs[MODULE_KEYS.Z_KEY],
             "library": inference_outputs[MODULE_KEYS.LIBRARY_KEY],
+            "doses": inputs["doses"],
             **{k: inputs[k] for k in ("batch_index", "labels", "cat_covs", "cont_covs")},
         }
 
@@ -195,6 +203,7 @@ class PerturbationModule(BaseModuleClass):
         self,
         z: Tensor,
         library: Tensor,
+        doses: Tensor,
         batch_index: Tensor | None = None,
         labels: Tensor | None = None,
         cat_covs: Tensor | None = None,
@@ -204,7 +213,33 @@ class PerturbationModule(BaseModuleClass):
         """Return the distribution of expression given latents."""
         if transform_batch is not None and batch_index is not None:
             batch_index = torch.full_like(batch_index, transform_batch)
-        return {MODULE_KEYS.PX_KEY: self.decoder(z, self.covariates(batch_index, labels, cat_covs, cont_covs), library)}
+        covariates = self.covariates(batch_index, labels, cat_covs, cont_covs)
+        return {MODULE_KEYS.PX_KEY: self.decode(z, doses, covariates, library)}
+
+    def decoder_extra(self, doses: Tensor) -> Tensor | None:
+        """Return what the decoder reads beside latents and covariates, one row for each row of doses."""
+        return None
+
+    def decode(self, z: Tensor, doses: Tensor, covariates: Tensor | None, library: Tensor) -> Any:
+        """Return the distribution of expression; everything that decodes goes through here.
+
+        Parameters
+        ----------
+        z
+            ``(..., cells, latents)``.
+        doses
+            ``(cells, components)``, or one row for all cells. Only methods whose decoder is told the perturbation
+            read it; with the others it has moved ``z`` already.
+        covariates
+            ``(cells, n_covariates)`` or ``None``.
+        library
+            ``(cells, 1)``, counts.
+        """
+        extra = self.decoder_extra(doses)
+        if extra is not None:
+            extra = extra.expand(z.shape[-2], -1)
+            covariates = extra if covariates is None else torch.cat([extra, covariates], dim=-1)
+        return self.decoder(z, covariates, library)
 
     @torch.inference_mode()
     def sample(
@@ -237,9 +272,25 @@ class PerturbationModule(BaseModuleClass):
         """Return the log-odds of masks; they have a learning rate of their own."""
         return []
 
+    def latent(self, inputs: dict[str, Any], kind: str) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of a kind of latent of each cell under its own label.
+
+        Parameters
+        ----------
+        inputs
+            Output of ``_get_inference_input``.
+        kind
+            One of the method's ``capabilities.latent_kinds``.
+        """
+        shift = self.offset(inputs["doses"])
+        if kind == "perturbation":
+            return shift, torch.zeros_like(shift)
+        mean, sd = self.basal_posterior(inputs)
+        return (mean if kind == "basal" else shift + mean), sd
+
     @abstractmethod
     def basal_posterior(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each cell's basal latent under its own label.
+        """Return mean and standard deviation of each cell's basal latent under its own label: where predictions start.
 
         Parameters
         ----------

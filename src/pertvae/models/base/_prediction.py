@@ -27,7 +27,7 @@ from pertvae.models.base._access import (
     covariate_columns,
     minibatches,
 )
-from pertvae.models.base._requests import Request, choose_cells, parse_requests
+from pertvae.models.base._requests import Request, choose_cells, dose_tensors, parse_requests
 from pertvae.models.base._streams import CellStreams, cell_keys
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class PredictionMixin:
         if output not in ("counts", "mean"):
             raise ValueError(f"output={output!r} is not one of ['counts', 'mean'].")
         requests, unknown = parse_requests(model, perturbations, unseen)
+        model._check_requests(requests)
         adata = model._validate_anndata(adata)
         pool = control_indices(model, adata, indices, labels, batch)
         chosen = choose_cells(pool, min(len(pool), DEFAULT_CELLS) if n_cells is None else n_cells, seed)
@@ -232,6 +233,9 @@ class PredictionMixin:
             raise ValueError(f"basal={basal!r} is not offered by {type(self).__name__}: one of {list(accepted)}.")
         return basal
 
+    def _check_requests(self, requests: Sequence[Request]) -> None:
+        """Raise for what the method cannot predict although its components are known."""
+
     def _encode_sources(
         self, adata: AnnData | MuData, rows: np.ndarray, basal: str, seed: int, batch_size: int | None
     ) -> Sources:
@@ -247,7 +251,7 @@ class PredictionMixin:
             loc, scale = model.module.basal_posterior(inputs)
             mean[positions], sd[positions] = loc[:n].cpu().numpy(), scale[:n].cpu().numpy()
             library[positions] = model.module.library_size(inputs["x"], inputs["size_factor"])[:n, 0].cpu().numpy()
-            encoded = model.module.covariates(*(inputs[k] for k in ("batch_index", "labels", "cat_covs", "cont_covs")))
+            encoded = model.module.covariates_of(inputs)
             if encoded is not None:
                 covariates[positions] = encoded[:n].cpu().numpy()
         keys = cell_keys(adata.obs_names, rows)
@@ -295,9 +299,7 @@ class PredictionMixin:
         """Return sampled and expected expression of one label, cells x genes."""
         model = cast("PerturbationModel", self)
         module = model.module
-        position = {c: j for j, c in enumerate(model.perturbation_names)}
-        components = torch.tensor([position[c] for c in request.doses], dtype=torch.long, device=model.device)
-        doses = torch.tensor(list(request.doses.values()), dtype=torch.float32, device=model.device)
+        components, doses, row = dose_tensors(model, request)
         means, parts = [], []
         for start in range(0, len(sources.rows), INNER_BLOCK):
             n = min(INNER_BLOCK, len(sources.rows) - start)
@@ -311,7 +313,7 @@ class PredictionMixin:
             covariates = None
             if sources.covariates is not None:
                 covariates = _pad(sources.covariates[start : start + n], model.device)
-            px = module.decoder(z, covariates, size)
+            px = module.decode(z, row, covariates, size)
             mean = px.mean[:n].cpu().numpy()
             means.append(mean)
             if module.gene_likelihood == "normal":

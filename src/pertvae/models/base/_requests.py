@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 from scvi import settings
 
 from pertvae._labels import unknown_components
@@ -79,6 +80,16 @@ def parse_requests(
         warnings.warn(f"{message} They contribute nothing.", UserWarning, stacklevel=settings.warnings_stacklevel)
         requests = [Request(r.label, r.canonical, {c: d for c, d in r.doses.items() if c in known}) for r in requests]
     return requests, unknown
+
+
+def dose_tensors(model: PerturbationModel, request: Request) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a request's components (indices), their doses, and the row of doses of all components, ``(1, all)``."""
+    position = {c: j for j, c in enumerate(model.perturbation_names)}
+    components = torch.tensor([position[c] for c in request.doses], dtype=torch.long, device=model.device)
+    doses = torch.tensor(list(request.doses.values()), dtype=torch.float32, device=model.device)
+    row = torch.zeros(1, len(position), device=model.device)
+    row[0, components] = doses
+    return components, doses, row
 
 
 def choose_cells(pool: np.ndarray, n_cells: int, seed: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pertvae.models import SAMSVAE
+from pertvae.models import SAMSVAE, ConditionalVAE, SVAEPlus
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,6 @@ SMALL = {"n_latent": 4, "n_hidden": 16}
 
 CASES = [
     Case(SAMSVAE, SMALL),
+    Case(SVAEPlus, SMALL),
+    Case(ConditionalVAE, SMALL),
 ]

@@ -1,5 +1,5 @@
 """Perturbation models."""
 
-from pertvae.models.samsvae import SAMSVAE
+from pertvae.models.samsvae import SAMSVAE, ConditionalVAE, SVAEPlus
 
-__all__ = ["SAMSVAE"]
+__all__ = ["SAMSVAE", "ConditionalVAE", "SVAEPlus"]

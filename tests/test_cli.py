@@ -135,6 +135,11 @@ def test_benchmark_simulates(tmp_path, monkeypatch):
     assert seen["models"] == {"samsvae": pv.SAMSVAE}
     assert (seen["scheme"], seen["control"], seen["batch_key"]) == ("unseen_combination", "control", "batch")
     assert (seen["n_folds"], seen["seeds"], seen["n_cells"]) == (1, (0, 1, 2), 2000)
+    assert seen["train_fraction"] == [1.0]
+    curve = ["benchmark", "--simulate", "--out", str(tmp_path / "r"), "--n-genes", "50", "--train-fraction", "0", "1"]
+    assert cli.main(curve) == 0
+    assert seen["train_fraction"] == [0.0, 1.0]
+    assert seen["n_folds"] is None  # some combinations must stay to train on
 
 
 def test_failed_model_gives_exit_code_1(screen, tmp_path, capsys, monkeypatch, few_resamplings):

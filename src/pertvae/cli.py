@@ -133,7 +133,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         title = f"simulated screen ({kind})"
         arguments.perturbation_key = arguments.perturbation_key or "perturbation"
         arguments.control = arguments.control or ["control"]
-        arguments.folds = arguments.folds or 1
+        if arguments.folds is None and min(arguments.train_fraction) == 1:
+            arguments.folds = 1  # of combinations all are held out at once, unless some must stay to train on
         arguments.batch_key = arguments.batch_key or ("batch" if "batch" in adata.obs else None)
     else:
         adata = _read(arguments.screen)
@@ -151,6 +152,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             setup.pop("control"),
             seeds=tuple(arguments.seeds),
             n_folds=arguments.folds,
+            train_fraction=arguments.train_fraction,
             n_cells=arguments.n_cells,
             layer=setup.pop("layer", None),
             batch_key=setup.pop("batch_key", None),
@@ -241,6 +243,14 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="folds; 1 holds out all combinations at once (default: combinations in turn in at most 4; 1 with "
         "--simulate and for the other schemes)",
+    )
+    bench.add_argument(
+        "--train-fraction",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="F",
+        help="fractions of the training combinations, such as 0 0.25 0.5 0.75 1 (default: 1)",
     )
     bench.add_argument("--n-cells", type=int, default=2000, help="cells predicted a condition (default: %(default)s)")
     _add_epochs(bench)

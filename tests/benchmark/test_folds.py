@@ -1,5 +1,7 @@
 """What is held out, and what is asked."""
 
+import itertools
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -64,14 +66,70 @@ def test_contexts_make_units():
     assert fold.contexts == ["x", "y"]
 
 
-def test_train_fraction_thins_training_cells_of_every_condition_only():
-    adata = screen(["control", "A", "B", "A+B"], n=40)
-    whole = make_folds(adata, "unseen_combination", **KEYS)[0]
-    half = make_folds(adata, "unseen_combination", train_fraction=0.5, **KEYS)[0]
-    for label in ("control", "A", "B"):
-        rows = (adata.obs["perturbation"] == label).to_numpy()
-        assert (half.rows("train") & rows).sum() == round(0.5 * (whole.rows("train") & rows).sum())
+@pytest.fixture
+def pairs():
+    """Eight singles and 14 pairs, unequal numbers of cells."""
+    names = [f"G{i}" for i in range(8)]
+    doubles = [f"{a}+{b}" for a, b in itertools.combinations(names, 2)][::2]
+    sizes = {"control": 50, **dict.fromkeys(names, 20), **{d: 8 + i for i, d in enumerate(doubles)}}
+    obs = pd.DataFrame({"perturbation": np.repeat(list(sizes), list(sizes.values()))})
+    obs.index = [f"c{i}" for i in range(len(obs))]
+    return ad.AnnData(np.ones((len(obs), 3)), obs=obs)
+
+
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+QUARTER = {"n_folds": 1, "split_kwargs": {"test_fraction": 0.25}}
+
+
+def test_train_fraction_takes_whole_combinations_out_of_training(pairs):
+    folds = make_folds(pairs, "unseen_combination", train_fractions=FRACTIONS, **QUARTER, **KEYS)
+    assert [f.train_fraction for f in folds] == list(FRACTIONS)
+    labels = pairs.obs["perturbation"]
+    held = {u.label for u in folds[0].units}
+    assert len(held) == 4  # round(0.25 * 14)
+    before: set[str] = set()
+    for fold, expected in zip(folds, (0, 2, 5, 7, 10), strict=True):  # int(f * 10)
+        kept = {c for c in labels[fold.rows("train")] if "+" in c}
+        assert len(kept) == expected
+        assert before <= kept  # smaller fractions lie within larger ones
+        before = kept
+        for label in {c for c in labels if "+" in c} - held:  # all cells of a combination, or none
+            rows = fold.split[(labels == label).to_numpy()]
+            assert (rows == "train").all() if label in kept else rows.isna().all()
+        for other in folds:  # what is held out does not change, nor do singles and controls
+            np.testing.assert_array_equal(fold.rows("test"), other.rows("test"))
+            single = (~labels.str.contains("+", regex=False)).to_numpy()
+            assert fold.split[single].equals(other.split[single].astype(fold.split.dtype))
+        np.testing.assert_array_equal(fold.common_rows(), folds[0].rows("train"))
+        assert [u.name for u in fold.units] == [u.name for u in folds[0].units]
+    assert (folds[-1].split == make_folds(pairs, "unseen_combination", **QUARTER, **KEYS)[0].split).all()
+
+
+def test_train_fraction_is_seeded_and_does_not_depend_on_the_order_of_cells(pairs):
+    def kept(adata, seed):
+        options = {"test_fraction": 0.25, "seed": seed, "held_out": ["G0+G1", "G0+G3"]}
+        (fold,) = make_folds(adata, "unseen_combination", train_fractions=(0.5,), split_kwargs=options, **KEYS)
+        return {c for c in adata.obs["perturbation"][fold.rows("train")] if "+" in c}
+
+    assert kept(pairs, 0) == kept(pairs[::-1].copy(), 0)
+    assert len({frozenset(kept(pairs, seed)) for seed in range(5)}) > 1
+
+
+def test_train_fraction_also_leaves_validation_cells_out(pairs):
+    options = {"test_fraction": 0.25, "valid_fraction": 0.3}
+    (fold,) = make_folds(pairs, "unseen_combination", n_folds=1, train_fractions=(0.0,), split_kwargs=options, **KEYS)
+    assert fold.rows("valid").any()
+    assert not pairs.obs["perturbation"][fold.rows("valid")].str.contains("+", regex=False).any()
+
+
+def test_train_fraction_in_other_schemes(pairs):
+    whole, half = (
+        make_folds(pairs, "random", train_fractions=(f,), split_kwargs={"test_fraction": 0.3}, **KEYS)[0]
+        for f in (1.0, 0.5)
+    )
     np.testing.assert_array_equal(half.rows("test"), whole.rows("test"))
+    trained = {c for c in pairs.obs["perturbation"][half.rows("train")] if "+" in c}
+    assert len(trained) == 7
 
 
 def test_conditions_with_few_held_out_cells_are_named_not_scored():
@@ -92,8 +150,10 @@ def test_options_reach_the_splitter():
 
 def test_errors_name_the_fix():
     adata = screen(["control", "A", "B", "A+B"])
-    with pytest.raises(ValueError, match=r"train_fraction=0.*above 0"):
-        make_folds(adata, "random", train_fraction=0, **KEYS)
+    with pytest.raises(ValueError, match=r"train_fraction=0.5.*no combination.*n_folds of 2"):
+        make_folds(adata, "unseen_combination", train_fractions=(0.5, 1.0), **KEYS)
+    with pytest.raises(ValueError, match=r"train_fraction=0.5.*no combination"):
+        make_folds(screen(["control", "A", "A+B"], 50), "random", train_fractions=(0.5,), sep=None, **KEYS)
     with pytest.raises(ValueError, match=r"n_folds=0"):
         make_folds(adata, "random", n_folds=0, **KEYS)
     with pytest.raises(ValueError, match=r"'sen' is not an option.*'seen'"):

@@ -170,19 +170,79 @@ def test_contexts_are_scored_apart(screen, stand_in, options):
     assert "oracle" not in set(result.table["model"])
 
 
+@pytest.fixture(scope="module")
+def curve(screen, stand_in_class):
+    """Three fractions of the four training combinations, two folds."""
+    arguments = {"n_cells": 40, "progress": False, "references": ["NoChange", "Additive"]}
+    return pv.benchmark.run(
+        screen, {"net": stand_in_class}, *ARGUMENTS, seeds=(0, 1), n_folds=2, train_fraction=[1, 0, 0.5], **arguments
+    )
+
+
 def test_train_fraction_reaches_the_models(screen, stand_in, options):
     class Counting(stand_in):
-        sizes = []
+        seen = []
 
         def train(self, split_key, **kwargs):
-            Counting.sizes.append(int((self.adata.obs[split_key] == "train").sum()))
+            labels = self.adata.obs["perturbation"][self.adata.obs[split_key] == "train"].astype(str)
+            Counting.seen.append(labels.str.contains("+", regex=False).sum())
             super().train(split_key, **kwargs)
 
-    for fraction in (1.0, 0.5):
-        pv.benchmark.run(
-            screen, {"net": Counting}, *ARGUMENTS, seeds=[0], n_folds=1, train_fraction=fraction, **options
-        )
-    assert Counting.sizes[1] == pytest.approx(Counting.sizes[0] / 2, abs=5)
+    pv.benchmark.run(screen, {"net": Counting}, *ARGUMENTS, seeds=[0], n_folds=3, train_fraction=(0, 0.5, 1), **options)
+    assert sorted(Counting.seen) == [0, 0, 0, 40, 40, 40, 80, 80, 80]  # of 4 combinations of 20 cells
+
+
+def test_curve_of_fractions(curve, screen):
+    table = curve.table
+    assert sorted(table["train_fraction"].unique()) == [0.0, 0.5, 1.0]
+    assert (table["status"] == "ok").all()
+    each = table.groupby("train_fraction")
+    units = each["unit"].agg(lambda u: tuple(sorted(set(u))))
+    assert units.nunique() == 1
+    # the truth, and what is scored, are the same at all fractions: so are scores that need no training
+    for model in ("duplicate", "oracle", "NoChange"):
+        scores = table[(table["model"] == model) & ~table["metric"].str.startswith("energy")]
+        wide = scores.pivot_table(index=["fold", "unit", "metric"], columns="train_fraction", values="value")
+        np.testing.assert_allclose(wide[0.0], wide[1.0], rtol=1e-9, err_msg=model)
+    assert set(curve.fits["train_fraction"]) == {0.0, 0.5, 1.0}
+    summary = curve.summary()
+    assert list(summary.columns[:3]) == ["train_fraction", "scheme", "model"]
+    whole = pv.benchmark.run(
+        screen, [], *ARGUMENTS, n_folds=2, n_cells=40, progress=False, references=["NoChange", "Additive"]
+    )
+    found = summary[(summary["train_fraction"] == 1) & (summary["model"] == "Additive")]
+    expected = whole.summary().query("model == 'Additive'")
+    kept = ["l2_profile", "l2_delta", "slope"]  # not those around a centre, which is that of all fractions here
+    for metric in kept:
+        a, b = (t.loc[t["metric"] == metric, "value"].item() for t in (found, expected))
+        assert a == pytest.approx(b, rel=1e-9)
+    pd.testing.assert_frame_equal(curve.compare(), curve.by_fraction[1.0].compare())
+
+
+def test_curve_in_the_report(curve, tmp_path):
+    page = curve.save(tmp_path / "r").read_text()
+    assert "0%, 50%, 100% of the training combinations" in page
+    assert (tmp_path / "r" / "figures" / "efficiency_unseen_combination.png").is_file()
+    assert set(pd.read_csv(tmp_path / "r" / "table.csv")["train_fraction"]) == {0.0, 0.5, 1.0}
+    text = curve.text()
+    assert "l2_profile by fraction of the training combinations" in text
+    assert "net" in text
+
+
+def test_one_fraction_has_a_column_too(result):
+    assert set(result.table["train_fraction"]) == {1.0}
+    assert "train_fraction" not in result.summary()
+    assert result.by_fraction == {}
+    assert result.largest is result
+
+
+def test_cache_tells_splits_of_equal_sizes_apart(screen, stand_in, options, tmp_path):
+    held = sorted(c for c in screen.obs["perturbation"].unique() if "+" in c)[:2]
+    for seed in (0, 1):  # the same held-out combinations, other test controls
+        stand_in.calls.clear()
+        arguments = {"seeds": [0], "cache_dir": tmp_path, "split_kwargs": {"held_out": held, "seed": seed}}
+        pv.benchmark.run(screen, {"net": stand_in}, *ARGUMENTS, **arguments, **options)
+        assert trainings(stand_in) == 1
 
 
 def test_several_schemes_and_only_references(screen, options):
@@ -219,6 +279,9 @@ def test_errors_come_before_anything_is_trained(screen, stand_in, options):
         run(seeds=[])
     with pytest.raises(ValueError, match="n_cells=1"):
         run(n_cells=1)
+    for wrong in (-0.1, 1.5, [], [0.5, 0.5]):
+        with pytest.raises(ValueError, match=r"train_fraction=.*from 0 to 1"):
+            run(train_fraction=wrong)
     bad = screen.copy()
     bad.X.data[0] = -1
     with pytest.raises(ValueError, match=r"X holds negative or non-finite values, such as -1"):

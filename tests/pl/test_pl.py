@@ -149,3 +149,55 @@ def test_errors_name_the_fix(history, tables, effects):
         pl.training_curves({})
     with pytest.raises(KeyError, match="'elb' was not recorded"):
         pl.training_curves(history, ["elb"])
+
+
+@pytest.fixture
+def scores():
+    """Two models with two seeds and two conditions, a reference without seeds; one fit failed."""
+    rows = []
+    for fraction in (0.0, 0.5, 1.0):
+        for condition in ("A+B", "A+C"):
+            for model, seeds in (("net", (0, 1)), ("other", (0, 1)), ("Additive", (-1,))):
+                for seed in seeds:
+                    value = {"net": 3 - fraction, "other": 2.5, "Additive": 2.0}[model] + 0.2 * max(seed, 0)
+                    value += 0.5 if condition == "A+C" else -0.5
+                    kind = "reference" if model == "Additive" else "model"
+                    rows.append((fraction, model, kind, seed, condition, "l2_profile", value, "ok"))
+    rows.append((0.5, "net", "model", 2, "", np.nan, np.nan, "failed"))
+    columns = ["train_fraction", "model", "kind", "seed", "condition", "metric", "value", "status"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_data_efficiency_draws_means_over_seeds_and_their_range(scores):
+    figure = pl.data_efficiency(scores)
+    axes = figure.axes[0]
+    net, other, additive = axes.containers
+    np.testing.assert_allclose(net.lines[0].get_xydata(), [[0, 3.1], [0.5, 2.6], [1, 2.1]])
+    bars = [np.asarray(s)[:, 1] for s in net.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[3.0, 3.2], [2.5, 2.7], [2.0, 2.2]])
+    np.testing.assert_allclose(additive.lines[0].get_ydata(), 2.0)
+    assert not additive.lines[2]  # no seeds, no bars
+    assert net.lines[0].get_linestyle() == "-"
+    assert additive.lines[0].get_linestyle() == "--"
+    # told apart without colour
+    assert net.lines[0].get_marker() != other.lines[0].get_marker()
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["other", "net", "Additive"]  # as the curves end
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0%", "50%", "100%"]
+    assert "lower is better" in axes.get_ylabel()
+
+
+def test_data_efficiency_takes_results_and_names_what_is_missing(scores, tmp_path):
+    figure = pl.data_efficiency(SimpleNamespace(table=scores), "l2_profile", models=["net"], save=tmp_path / "e.png")
+    assert len(figure.axes[0].containers) == 1
+    assert (tmp_path / "e.png").is_file()
+    own = Figure().add_subplot()
+    assert pl.data_efficiency(scores, ax=own, ylabel="nats") is own.get_figure()
+    assert own.get_ylabel() == "nats"
+    with pytest.raises(KeyError, match="'l2_profle'.*'l2_profile'"):
+        pl.data_efficiency(scores, "l2_profle")
+    with pytest.raises(KeyError, match="'nett'.*'net'"):
+        pl.data_efficiency(scores, models=["nett"])
+    with pytest.raises(KeyError, match="no column 'train_fraction'"):
+        pl.data_efficiency(scores.drop(columns="train_fraction"))
+    with pytest.raises(ValueError, match="no scores"):
+        pl.data_efficiency(scores[scores["status"] == "failed"])

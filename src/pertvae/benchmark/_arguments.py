@@ -74,6 +74,15 @@ def read_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
+def read_fractions(train_fraction: float | Sequence[float]) -> tuple[float, ...]:
+    """Return the fractions of the training combinations in rising order, checked."""
+    given = train_fraction if isinstance(train_fraction, Sequence | np.ndarray) else [train_fraction]
+    found = tuple(sorted(float(f) for f in given))
+    if not found or not 0 <= found[0] <= found[-1] <= 1 or len(set(found)) < len(found):
+        raise ValueError(f"train_fraction={train_fraction!r}: pass one or more different numbers from 0 to 1.")
+    return found
+
+
 def read_data(
     adata: AnnData,
     perturbation_key: str,

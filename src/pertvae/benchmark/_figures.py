@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pertvae.benchmark._metrics import loss, plain_name, rising
-from pertvae.pl import programs, training_curves
+from pertvae.pl import data_efficiency, programs, training_curves
 from pertvae.pl._canvas import COLORS, INK, MUTED, literal, new_figure, shorten, tidy
 
 if TYPE_CHECKING:
@@ -31,12 +31,17 @@ _KIND_WORD = {
 def figures(result: BenchmarkResult) -> dict[str, Figure]:
     """Return the figures of a result by name, in the order of the report."""
     found: dict[str, Figure] = {}
+    whole, result = result, result.largest
     summary = result.summary()
     for scheme in result.schemes:
         here = summary[summary["scheme"] == scheme] if len(summary) else summary
         if here.empty:
             continue
         found[f"scores_{scheme}"] = scores_figure(here)
+        metric = headline(result)
+        if whole.by_fraction and metric is not None:
+            of_scheme = whole.table[whole.table["scheme"] == scheme]
+            found[f"efficiency_{scheme}"] = data_efficiency(of_scheme, metric)
         for model in result.names("model"):
             reference = best_reference(result, scheme)
             if reference is not None:

@@ -65,7 +65,7 @@ class Data:
         x = self.adata.X if kept.all() else self.adata.X[kept]
         work = AnnData(X=x, obs=obs[kept].copy(), var=pd.DataFrame(index=self.adata.var_names))
         work.obs[SPLIT_KEY] = work.obs[SPLIT_KEY].astype(str)
-        return work, replace(fold, split=fold.split[kept])
+        return work, replace(fold, split=fold.split[kept], common=fold.common_rows()[kept])
 
 
 def run_model(

@@ -62,6 +62,11 @@ class Fold:
         What is predicted and scored.
     left_out
         Units with too few held-out cells to be scored.
+    train_fraction
+        Fraction of the training combinations that stand in training.
+    common
+        Mask of the cells that train at every fraction compared: what is scored is chosen by them alone, so that the
+        scores of one fraction can be set beside those of another. ``None``: all training cells.
     """
 
     scheme: str
@@ -69,6 +74,8 @@ class Fold:
     split: pd.Series
     units: list[Unit]
     left_out: list[str]
+    train_fraction: float = 1.0
+    common: np.ndarray | None = None
 
     @property
     def contexts(self) -> list[str]:
@@ -78,6 +85,10 @@ class Fold:
     def rows(self, split: str) -> np.ndarray:
         """Return a mask of the cells of a split."""
         return (self.split == split).to_numpy()
+
+    def common_rows(self) -> np.ndarray:
+        """Return a mask of the training cells that choose what is scored."""
+        return self.rows("train") if self.common is None else self.common
 
 
 def make_folds(
@@ -89,10 +100,10 @@ def make_folds(
     sep: str | None = "+",
     labels_key: str | None = None,
     n_folds: int | None = None,
-    train_fraction: float = 1.0,
+    train_fractions: Sequence[float] = (1.0,),
     split_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Fold]:
-    """Return the folds of a scheme.
+    """Return the folds of a scheme, at every fraction of the training combinations.
 
     Combinations are left out in turn, by default those whose components all stand alone in the data (``"2/2"``), in
     at most four folds, with ``n_folds=1`` all at once. The other schemes have one fold by default. No cell is set
@@ -106,13 +117,13 @@ def make_folds(
         See :func:`pertvae.pp.split_perturbations`.
     n_folds
         Number of folds.
-    train_fraction
-        Fraction of the training cells of every condition that is kept (at least one).
+    train_fractions
+        Fractions f of the training combinations. They are put in a random order (``seed`` of the split) and the first
+        int(f n) stay in training, so that smaller fractions lie within larger ones; the cells of the others are in no
+        split. Test cells are the same for all fractions.
     split_kwargs
         Passed to :func:`pertvae.pp.split_perturbations`: ``seen``, ``held_out``, ``test_fraction``, ``seed``, ...
     """
-    if not 0 < train_fraction <= 1:
-        raise ValueError(f"train_fraction={train_fraction!r} is out of range: pass a number above 0, at most 1.")
     if n_folds is not None and n_folds < 1:
         raise ValueError(f"n_folds={n_folds!r} is out of range: pass 1 or more.")
     for name in split_kwargs or {}:
@@ -151,8 +162,18 @@ def make_folds(
                 f"scheme={scheme!r}, fold {i}: no held-out condition has {MIN_CELLS} cells or more, so nothing can be "
                 "scored. Hold out more cells (test_fraction), or conditions with more cells."
             )
-        kept = split if train_fraction == 1 else _thinned(split, conditions, train_fraction, seed=i)
-        folds.append(Fold(scheme, i, kept, units, left_out))
+        ordered: list[str] = []
+        if min(train_fractions) < 1:
+            ordered = _training_combinations(split, conditions, sep, [int(options.get("seed", 0)), i])
+        if min(train_fractions) < 1 and not ordered:
+            raise ValueError(
+                f"train_fraction={min(train_fractions)!r} is the fraction of the training combinations, and "
+                f"scheme={scheme!r}, fold {i}, leaves no combination for training. Hold out fewer: pass n_folds of 2 "
+                "or more, or split_kwargs={'test_fraction': 0.25}."
+            )
+        kept = {f: _without(split, conditions, ordered[_n_kept(f, len(ordered)) :]) for f in train_fractions}
+        common = (kept[min(train_fractions)] == "train").to_numpy()
+        folds += [Fold(scheme, i, kept[f], units, left_out, f, common) for f in train_fractions]
     return folds
 
 
@@ -176,13 +197,20 @@ def _units(summary: pd.DataFrame) -> tuple[list[Unit], list[str]]:
     return units, left_out
 
 
-def _thinned(split: pd.Series, conditions: pd.Series, fraction: float, seed: int) -> pd.Series:
-    """Return the split with only a fraction of the training cells of every condition; the others are missing."""
-    rng = np.random.default_rng(seed)
-    kept = split.astype(object)
-    train = np.flatnonzero((split == "train").to_numpy())
-    codes = conditions.cat.codes.to_numpy()[train]
-    for code in np.unique(codes):
-        cells = rng.permutation(train[codes == code])
-        kept.iloc[cells[max(1, round(fraction * len(cells))) :]] = np.nan
-    return kept
+def _training_combinations(split: pd.Series, conditions: pd.Series, sep: str | None, seed: Sequence[int]) -> list[str]:
+    """Return the combinations that have training cells, in a random order that depends on their names and the seed."""
+    training = conditions[(split == "train").to_numpy()].astype(str).unique()
+    combinations = sorted(label for label in training if sep is not None and sep in label)
+    return [combinations[j] for j in np.random.default_rng(seed).permutation(len(combinations))]
+
+
+def _n_kept(fraction: float, n: int) -> int:
+    return int(fraction * n + 1e-9)  # 0.29 * 100 is 28.999... in floating point
+
+
+def _without(split: pd.Series, conditions: pd.Series, dropped: Sequence[str]) -> pd.Series:
+    """Return the split with the training and validation cells of some conditions missing; test cells stay."""
+    if not dropped:
+        return split
+    gone = conditions.astype(str).isin(dropped).to_numpy() & (split != "test").to_numpy()
+    return split.astype(object).where(~gone, np.nan)

@@ -87,6 +87,7 @@ class Job:
         for name, cls in self.models.items():
             for seed in self.seeds:
                 self._step(fold, name, "model", seed, self._trainer(name, cls, seed, scorer, bar), bar)
+        scorer.release()
 
     def _trainer(self, name: str, cls: Any, seed: int, scorer: Scorer, bar: Any) -> Callable[[], Prediction]:
         def report(epoch: int, of: int) -> None:
@@ -106,7 +107,8 @@ class Job:
     def _step(self, fold: Fold, name: str, kind: str, seed: int, compute: Callable[[], Prediction], bar: Any) -> None:
         """Take one method's result from the cache, or compute and keep it; a failure is recorded, not raised."""
         self.kinds[name] = kind
-        bar.set_description_str(f"{fold.scheme} fold {fold.index}: {name}" + (f" seed {seed}" if seed >= 0 else ""))
+        where = f"{fold.scheme} fold {fold.index}" + (f" at {fold.train_fraction:g}" if fold.train_fraction < 1 else "")
+        bar.set_description_str(f"{where}: {name}" + (f" seed {seed}" if seed >= 0 else ""))
         path = self._path(fold, name, kind, seed)
         prediction = Prediction.read(path) if path is not None else None
         if prediction is None:
@@ -139,7 +141,9 @@ class Job:
             "n_cells": data.n_cells,
             "metrics": [m.name for m in self.metrics],
             "units": [u.name for u in fold.units],
-            "split": pd.util.hash_array(fold.split.to_numpy().astype(str).astype(object)).sum().item(),
+            # by cell: splits of other cells often have the same sizes
+            "split": int(pd.util.hash_pandas_object(fold.split.astype(str)).sum()),
+            "common": int(pd.util.hash_pandas_object(pd.Series(fold.common_rows(), fold.split.index)).sum()),
             "draws": self.scorers[fold.scheme, fold.index].keep_draws,
             "programs": fold.index == 0 and seed == self.seeds[0] if self.seeds else False,
             "seed": seed,
@@ -159,7 +163,9 @@ class Job:
         drawn: dict[str, list[pd.DataFrame]] = {}
         for (scheme, fold, name, seed), p in self.predictions.items():
             scorer = self.scorers[scheme, fold]
-            base = {"scheme": scheme, "fold": fold, "model": name, "kind": self.kinds[name], "seed": seed}
+            fraction = scorer.fold.train_fraction
+            base = {"scheme": scheme, "fold": fold, "train_fraction": fraction, "model": name}
+            base |= {"kind": self.kinds[name], "seed": seed}
             seconds = {f"{k}_seconds": p.seconds.get(k, np.nan) for k in ("fit", "predict")}
             fits.append({**base, **seconds, "status": p.status, "error": p.error, "cached": p.cached})
             if p.status != "ok":
@@ -178,8 +184,8 @@ class Job:
                 drawn.setdefault(metric, []).append(
                     table.set_axis(index, axis=0).set_axis(range(table.shape[1]), axis=1)
                 )
-        columns = ["scheme", "fold", "model", "kind", "seed", "condition", "context", "seen", "metric", "value"]
-        columns += ["lower", "upper", "n_observed", "status", "error", "unit"]
+        columns = ["scheme", "fold", "train_fraction", "model", "kind", "seed", "condition", "context", "seen"]
+        columns += ["metric", "value", "lower", "upper", "n_observed", "status", "error", "unit"]
         table = pd.DataFrame(rows).reindex(columns=columns)
         draws = {metric: pd.concat(tables) for metric, tables in drawn.items()}
         for frame in draws.values():

@@ -32,6 +32,8 @@ _KINDS = {
 _CAPTIONS = {
     "scores": "Mean over held-out conditions, with its interval. Models stand beside the references, which use no "
     "model of ours.",
+    "efficiency": "The headline score against the fraction of the training combinations that was used; singles and "
+    "controls are always whole, and the held-out cells are the same. Bars reach from the lowest to the highest seed.",
     "conditions": "The model against the best reference, condition by condition, on the headline score.",
     "shifts": "Predicted against observed change of each gene (one dot a gene) for the conditions predicted with the "
     "smallest and the largest error. On the line: predicted as observed.",
@@ -59,7 +61,9 @@ def write_report(result: BenchmarkResult, path: Path) -> Path:
         ]
         body.append(_page.table(["Method", "Fold", "Seed", "Error"], rows, texts=4))
     drawn = figures(result)
-    summary = result.summary()
+    summary = result.largest.summary()
+    if result.by_fraction:
+        body.append(_page.paragraph(_fraction_words(result)))
     for scheme in result.schemes:
         body.append(_page.heading(f"Predicting {SCHEME_WORDS.get(scheme, scheme)}"))
         here = summary[summary["scheme"] == scheme] if len(summary) else summary
@@ -135,10 +139,20 @@ def _sentence(model: str, what: str, rows: pd.DataFrame, metric: str | None) -> 
     return sentence
 
 
+def _fraction_words(result: BenchmarkResult) -> str:
+    fractions = ", ".join(f"{f:.0%}" for f in result.by_fraction)
+    return (
+        f"Trained with {fractions} of the training combinations. Verdicts, tables and figures are those of the "
+        "largest fraction, except the curves of data efficiency."
+    )
+
+
 def as_text(result: BenchmarkResult) -> str:
     """Return the verdict and the headline scores as plain text."""
     lines = [*verdicts(result)]
-    summary = result.summary()
+    if result.by_fraction:
+        lines.append(_fraction_words(result))
+    summary = result.largest.summary()
     for scheme in result.schemes:
         here = summary[summary["scheme"] == scheme] if len(summary) else summary
         if here.empty:
@@ -150,6 +164,12 @@ def as_text(result: BenchmarkResult) -> str:
         order = list(dict.fromkeys(here["model"]))
         wide = cells.pivot(index="model", columns="metric", values="shown").reindex(order)[metrics].fillna("-")
         lines += ["", f"{scheme}: {_interval_words(here)}", wide.rename_axis(index=None, columns=None).to_string()]
+        if result.by_fraction:
+            everything = result.summary()
+            rows = everything[(everything["scheme"] == scheme) & (everything["metric"] == metrics[0])]
+            curve = rows.pivot(index="model", columns="train_fraction", values="value").reindex(order)
+            curve = curve.rename(columns=lambda f: f"{f:.0%}").rename_axis(index=None, columns=None)
+            lines += ["", f"{metrics[0]} by fraction of the training combinations:", curve.round(3).to_string()]
     return "\n".join(lines)
 
 
@@ -250,11 +270,13 @@ def _value(value: Any) -> str:
 
 
 def _fits_table(fits: pd.DataFrame) -> str:
+    several = "train_fraction" in fits and fits["train_fraction"].nunique() > 1
     rows = []
     for r in records(fits):
         seed = "" if r["seed"] < 0 else str(r["seed"])
+        fraction = [f"{r['train_fraction']:.0%}"] if several else []
         times = [f"{r['fit_seconds']:.1f}", f"{r['predict_seconds']:.1f}"]
         status = "read from the cache" if r["cached"] else r["status"]
-        rows.append(("", [r["model"], r["scheme"], str(r["fold"]), seed, *times, status]))
-    columns = ["Method", "Scheme", "Fold", "Seed", "Fit (s)", "Predict (s)", "Status"]
-    return _page.table(columns, rows, texts=2)
+        rows.append(("", [r["model"], r["scheme"], *fraction, str(r["fold"]), seed, *times, status]))
+    columns = ["Method", "Scheme", *(["Combinations"] if several else []), "Fold", "Seed", "Fit (s)", "Predict (s)"]
+    return _page.table([*columns, "Status"], rows, texts=2)

@@ -29,9 +29,10 @@ class BenchmarkResult:
     Parameters
     ----------
     table
-        One row a (scheme, fold, model, seed, condition, metric). ``kind`` is ``model``, ``reference``, ``duplicate``
-        or ``oracle``; ``seen`` says how many components of the condition stand alone in training (``"2/2"``);
-        ``condition`` is ``pooled`` where a metric takes all conditions at once; ``lower`` and ``upper`` come from
+        One row a (scheme, fold, train_fraction, model, seed, condition, metric). ``kind`` is ``model``,
+        ``reference``, ``duplicate`` or ``oracle``; ``seen`` says how many components of the condition stand alone in
+        training (``"2/2"``); ``condition`` is ``pooled`` where a metric takes all conditions at once; ``lower`` and
+        ``upper`` come from
         resampling the ``n_observed`` held-out cells of the condition. A method that failed has one row with
         ``status="failed"`` and its ``error``.
     fits
@@ -44,6 +45,9 @@ class BenchmarkResult:
         By (scheme, fold): observed shifts, units x scoring genes, log1p CP10k.
     draws
         By metric: values with the held-out cells resampled, one row a (scheme, fold, model, seed, unit).
+    by_fraction
+        The result of each fraction of the training combinations, in rising order; empty when there is one. Then
+        ``table``, ``fits`` and ``summary()`` hold all of them, everything else is that of the largest.
     """
 
     table: pd.DataFrame
@@ -52,6 +56,12 @@ class BenchmarkResult:
     predictions: dict[Key, Prediction] = field(default_factory=dict, repr=False)
     truths: dict[tuple[str, int], pd.DataFrame] = field(default_factory=dict, repr=False)
     draws: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
+    by_fraction: dict[float, BenchmarkResult] = field(default_factory=dict, repr=False)
+
+    @property
+    def largest(self) -> BenchmarkResult:
+        """The result of the largest fraction of the training combinations; itself when there is one fraction."""
+        return self.by_fraction[max(self.by_fraction)] if self.by_fraction else self
 
     @property
     def schemes(self) -> list[str]:
@@ -99,7 +109,8 @@ class BenchmarkResult:
         scheme = self._scheme(scheme)
         if metric not in self.metrics:
             raise KeyError(f"The metric {metric!r} is not in the table.{hint(metric, self.metrics)}")
-        rows = self.table[(self.table["scheme"] == scheme) & (self.table["metric"] == metric)]
+        table = self.largest.table
+        rows = table[(table["scheme"] == scheme) & (table["metric"] == metric)]
         rows = rows[(rows["status"] == "ok") & (rows["condition"] != POOLED)]
         return rows.pivot_table(index="unit", columns="model", values="value").rename_axis(None)
 
@@ -112,8 +123,13 @@ class BenchmarkResult:
 
         Returns
         -------
-        DataFrame with the columns scheme, model, kind, metric, value, lower, upper, interval, n_conditions, n_seeds.
+        DataFrame with the columns scheme, model, kind, metric, value, lower, upper, interval, n_conditions, n_seeds,
+        and in front train_fraction when there are several.
         """
+        if self.by_fraction:
+            parts = [result.summary().assign(train_fraction=f) for f, result in self.by_fraction.items()]
+            table = pd.concat(parts, ignore_index=True)
+            return table[["train_fraction", *(c for c in table.columns if c != "train_fraction")]]
         rows = []
         for scheme in self.schemes:
             here = self.table[(self.table["scheme"] == scheme) & (self.table["status"] == "ok")]
@@ -302,6 +318,23 @@ class BenchmarkResult:
         if rows.empty:
             return None
         return rows.groupby(rows.index.get_level_values("unit").astype(str).to_numpy()).mean()
+
+
+def joined(by_fraction: dict[float, BenchmarkResult]) -> BenchmarkResult:
+    """Return the result of one fraction as it is, of several as one result."""
+    parts = list(by_fraction.values())
+    largest = by_fraction[max(by_fraction)]
+    if len(parts) == 1:
+        return largest
+    return BenchmarkResult(
+        pd.concat([p.table for p in parts], ignore_index=True),
+        pd.concat([p.fits for p in parts], ignore_index=True),
+        largest.settings,
+        largest.predictions,
+        largest.truths,
+        largest.draws,
+        by_fraction,
+    )
 
 
 def _verdict(metric: str, lower: float, upper: float, n: int) -> str:

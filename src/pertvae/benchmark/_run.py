@@ -10,12 +10,12 @@ from typing import Any
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from pertvae.benchmark._arguments import read_data, read_models, read_references, read_seeds
+from pertvae.benchmark._arguments import read_data, read_fractions, read_models, read_references, read_seeds
 from pertvae.benchmark._fingerprint import fingerprint_data, versions
 from pertvae.benchmark._folds import DEFAULT_SEEN, make_folds
 from pertvae.benchmark._intervals import MIN_CONDITIONS
 from pertvae.benchmark._job import Job
-from pertvae.benchmark._result import BenchmarkResult
+from pertvae.benchmark._result import BenchmarkResult, joined
 from pertvae.datasets import read_truth
 from pertvae.metrics._registry import resolve
 
@@ -29,7 +29,7 @@ def run(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     n_folds: int | None = None,
-    train_fraction: float = 1.0,
+    train_fraction: float | Sequence[float] = 1.0,
     layer: str | None = None,
     batch_key: str | None = None,
     labels_key: str | None = None,
@@ -74,7 +74,12 @@ def run(
         once), and the other schemes have one. Held-out combinations are those whose components all stand alone
         in the data, unless ``split_kwargs`` has another ``seen``.
     train_fraction
-        Fraction of the training cells of each condition that is used.
+        Fraction f of the training combinations that is used, or several for a curve of data efficiency (SAMS-VAE, arXiv
+        2311.02794). Training combinations are shuffled by the seed of the split and the first int(f n) stay; the cells
+        of the others are in no split, singles and controls stay whole. Smaller fractions lie within larger ones, and
+        the held-out cells, the genes scored and the centre of ``pearson_delta_perturbed`` are the same for all (the
+        last two come from the cells that train at every fraction). Summaries tell fractions apart; comparisons and
+        most of the report are those of the largest.
     layer
         Layer of the counts; ``None`` for ``X``.
     batch_key, labels_key
@@ -127,6 +132,7 @@ def run(
     fixed = read_references(references)
     scored = resolve(metrics)
     seeds = read_seeds(seeds)
+    fractions = read_fractions(train_fraction)
     if (setup_kwargs or {}).get("dosage_key") is not None:
         raise ValueError(
             f"dosage_key={(setup_kwargs or {})['dosage_key']!r} can not be benchmarked: cells of one label would be "
@@ -146,7 +152,7 @@ def run(
             sep=sep,
             labels_key=data.context_key,
             n_folds=n_folds,
-            train_fraction=train_fraction,
+            train_fractions=fractions,
             split_kwargs=split_kwargs,
         )
         for name in schemes
@@ -157,7 +163,7 @@ def run(
         "models": list(chosen),
         "references": list(fixed),
         "schemes": schemes,
-        "folds": {name: len(f) for name, f in folds.items()},
+        "folds": {name: len(f) // len(fractions) for name, f in folds.items()},
         "held_out_class": (split_kwargs or {}).get("seen", DEFAULT_SEEN) if "unseen_combination" in schemes else None,
         "seeds": list(seeds),
         "perturbation_key": perturbation_key,
@@ -165,41 +171,45 @@ def run(
         "layer": layer,
         "batch_key": batch_key,
         "labels_key": labels_key,
-        "train_fraction": train_fraction,
+        "train_fraction": fractions[0] if len(fractions) == 1 else list(fractions),
         "n_cells": n_cells,
         "model_kwargs": dict(model_kwargs or {}),
         "train_kwargs": dict(train_kwargs or {}),
         "setup_kwargs": dict(setup_kwargs or {}),
         "split_kwargs": dict(split_kwargs or {}),
     }
-    job = Job(
-        data,
-        chosen,
-        fixed,
-        seeds,
-        scored,
-        model_kwargs or {},
-        train_kwargs or {},
-        truth,
-        Path(cache_dir) if cache_dir else None,
-    )
     columns = [c for c in (perturbation_key, batch_key, labels_key) if c is not None]
     recorded["data"] = {
         "n_cells": adata.n_obs,
         "n_genes": adata.n_vars,
         "fingerprint": fingerprint_data(data.adata, columns),
     }
-    job.fingerprint = recorded["data"]["fingerprint"]
     recorded["scoring_genes"], recorded["left_out"] = {}, {}
-    total = sum(len(f) for f in folds.values()) * job.n_methods
+    recorded["versions"] = versions()
+    jobs = {
+        fraction: Job(
+            data,
+            chosen,
+            fixed,
+            seeds,
+            scored,
+            model_kwargs or {},
+            train_kwargs or {},
+            truth,
+            Path(cache_dir) if cache_dir else None,
+            recorded["data"]["fingerprint"],
+        )
+        for fraction in fractions
+    }
+    total = sum(len(f) for f in folds.values()) * jobs[fractions[0]].n_methods
     with tqdm(total=total, disable=not progress, unit="fit") as bar:
         for of_scheme in folds.values():
             few = len({str(u) for f in of_scheme for u in f.units}) < MIN_CONDITIONS
             for fold in of_scheme:
-                job.run_fold(fold, few, bar)
-    for (name, i), scorer in job.scorers.items():
+                jobs[fold.train_fraction].run_fold(fold, few, bar)
+    for (name, i), scorer in jobs[fractions[-1]].scorers.items():
         recorded["scoring_genes"][f"{name}, fold {i}"] = int(scorer.genes.sum())
         left = [*scorer.left_out, *(f"{u}: too few held-out cells" for u in scorer.fold.left_out)]
         if left:
             recorded["left_out"][f"{name}, fold {i}"] = left
-    return job.result({**recorded, "versions": versions()})
+    return joined({fraction: job.result(recorded) for fraction, job in jobs.items()})

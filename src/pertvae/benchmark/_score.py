@@ -84,7 +84,7 @@ class Scorer:
         self.is_control = is_control(self.adata.obs[self.perturbation_key], self.control, self.sep)
         contexts = self.adata.obs[self.labels_key].astype(str) if self.labels_key else pd.Series("", self.labels.index)
         self.contexts = contexts.str.strip().to_numpy()
-        train = np.flatnonzero(self.fold.rows("train"))
+        train = np.flatnonzero(self.fold.common_rows())
         self.genes = scoring_genes(self.adata.X, train)
         self.centers = self._centers(train)
         self.observed = {c: self._observed(c) for c in self.fold.contexts}
@@ -100,6 +100,10 @@ class Scorer:
             else:
                 self.usable.append(metric.name)
         self.truth = self._truth()
+
+    def release(self) -> None:
+        """Forget the cells, once everything is scored: what is left says what was scored."""
+        del self.adata, self.observed
 
     @property
     def gene_names(self) -> pd.Index:
@@ -211,7 +215,7 @@ class Scorer:
             np.char.add(np.char.add(self.contexts.astype(str), "\x1f"), self.labels.to_numpy(dtype=str)),
             return_inverse=True,
         )
-        codes = np.where(self.fold.rows("train"), codes, -1)
+        codes = np.where(self.fold.common_rows(), codes, -1)
         profiles, counts = group_profiles(self.adata.X, codes, len(names))
         control_label = self.labels.to_numpy(dtype=str)[self.is_control][0]
         context_of = [n.split("\x1f")[0] for n in names]

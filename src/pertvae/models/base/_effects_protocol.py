@@ -15,7 +15,7 @@ import torch
 from scipy.stats import norm
 
 from pertvae._constants import CP10K
-from pertvae.models.base._requests import Request
+from pertvae.models.base._requests import Request, dose_tensors
 from pertvae.models.base._streams import purpose_seed
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def paper_samples(
         Covariate vector of each particle, or ``None``.
     """
     module = model.module
+    row = dose_tensors(model, request)[2]
     shift = _offsets(model, request, n_samples, seed)
     # a stream for each label: the other labels asked for do not matter
     basal, counts = (_stream(seed, f"{purpose} of paper", request.key) for purpose in ("basal", "counts"))
@@ -88,7 +89,7 @@ def paper_samples(
         if shift is not None:
             z = z + shift[start : start + n]
         size = torch.full((n, 1), PAPER_LIBRARY, device=model.device)
-        px = module.decoder(z, None if covariates is None else covariates[start : start + n], size)
+        px = module.decode(z, row, None if covariates is None else covariates[start : start + n], size)
         mean = px.mean.cpu().numpy().astype(np.float64)
         scale = module.decoder.scale.cpu().numpy() if module.gene_likelihood != "poisson" else None
         if module.gene_likelihood == "normal":
@@ -131,15 +132,13 @@ def _offsets(model: PerturbationModel, request: Request, n_samples: int, seed: i
     if not request.doses:
         return None
     module = model.module
-    position = {c: j for j, c in enumerate(model.perturbation_names)}
     shape = (n_samples, module.n_latent)
     uniform, normal = [], []
     for component in request.doses:
         stream = _stream(seed, "effects of paper", component)
         uniform.append(stream.random(shape, dtype=np.float32))
         normal.append(stream.standard_normal(shape, dtype=np.float32))
-    components = torch.tensor([position[c] for c in request.doses], dtype=torch.long, device=model.device)
-    doses = torch.tensor(list(request.doses.values()), dtype=torch.float32, device=model.device)
+    components, doses, _ = dose_tensors(model, request)
     noise = (torch.as_tensor(np.stack(parts, axis=1), device=model.device) for parts in (uniform, normal))
     return module.draw_offset(components, doses, *noise)
 

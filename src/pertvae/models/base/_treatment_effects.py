@@ -12,7 +12,7 @@ import torch
 from pertvae._labels import hint
 from pertvae._storage import write_tables
 from pertvae.models.base._effects_protocol import PAPER_SAMPLES, PAPER_SPACES, paper_effects
-from pertvae.models.base._requests import Request, parse_requests
+from pertvae.models.base._requests import Request, dose_tensors, parse_requests
 from pertvae.models.base._results import TreatmentEffects
 from pertvae.models.base._streams import purpose_seed
 
@@ -131,15 +131,13 @@ def _matched_effects(
     scale = 1 / np.log(2) if space == "log2_cp10k" and model.module.gene_likelihood != "normal" else 1.0
     space = "log1p_cp10k" if space == "log2_cp10k" else space
     before = model._expression(z, covariates, space)
-    position = {c: j for j, c in enumerate(model.perturbation_names)}
     tables = np.empty((3, len(requests), model.module.shape.n_genes), np.float32)
     for i, request in enumerate(requests):
         # noise keyed by the label alone, so that the other labels asked for do not matter
         generator = torch.Generator().manual_seed(purpose_seed(seed, request.key))
         shape = (n_samples, len(request.doses), model.module.n_latent)
         uniform, normal = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
-        components = torch.tensor([position[c] for c in request.doses], dtype=torch.long, device=z.device)
-        doses = torch.tensor(list(request.doses.values()), dtype=torch.float32, device=z.device)
+        components, doses, _ = dose_tensors(model, request)
         draws = torch.zeros(n_samples, model.module.n_latent, device=z.device)
         if request.doses:
             draws = model.module.draw_offset(components, doses, uniform.to(z.device), normal.to(z.device))

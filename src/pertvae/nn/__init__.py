@@ -1,9 +1,10 @@
 """Blocks that two or more methods share."""
 
 from pertvae.nn._effects import EffectSample, SparseEffects
-from pertvae.nn._likelihoods import GENE_LIKELIHOODS, ExpressionDecoder, nb_log_prob, poisson_log_prob
+from pertvae.nn._likelihoods import GENE_LIKELIHOODS, ExpressionDecoder, poisson_log_prob
 from pertvae.nn._masks import mask_kl, sample_mask
 from pertvae.nn._mlp import MLP, GaussianHead, gaussian_kl
+from pertvae.nn._negative_binomial import nb_log_prob
 
 __all__ = [
     "GENE_LIKELIHOODS",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pertvae.nn._mlp import MLP
+from pertvae.nn._negative_binomial import softmax_nb_log_prob
 
 GeneLikelihood = Literal["nb", "poisson", "normal"]
 GENE_LIKELIHOODS: tuple[str, ...] = ("nb", "poisson", "normal")
@@ -17,70 +18,45 @@ MEAN_FLOOR = 1e-4
 """Added to every expected count: keeps the likelihood of a count at an unexpressed gene finite (published value)."""
 
 
-class _NegativeBinomial(torch.autograd.Function):
-    """Log-probability summed over genes, with special functions at non-zero counts only.
-
-    At a count of zero the gamma terms cancel, and most counts are zero. The gradient of theta takes
-    digamma(x + theta) - digamma(theta) count by count: the difference of their sums over cells would be rounding
-    error in float32 when theta is large.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, mu: Tensor, theta: Tensor, x: Tensor) -> Tensor:
-        cell, gene = x.nonzero(as_tuple=True)
-        count, theta_at = x[cell, gene], theta[gene]
-        terms = torch.lgamma(count + theta_at) - torch.lgamma(theta_at) - torch.lgamma(count + 1)
-        mu_at = mu[..., cell, gene]
-        log_ratio = torch.log1p(mu / theta)
-        # summed as a matrix, pairwise: adding up the non-zeros one by one would lose digits
-        values = -theta * log_ratio
-        values[..., cell, gene] += terms - count * torch.log1p(theta_at / mu_at)
-        ctx.save_for_backward(mu, theta, log_ratio, cell, gene, count, mu_at)
-        return values.sum(-1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        mu, theta, log_ratio, cell, gene, count, mu_at = ctx.saved_tensors
-        grad = gradients[0]
-        theta_at, grad_at = theta[gene], grad[..., cell]
-        share = theta / (mu + theta)
-        grad_mu = -share * grad[..., None]
-        at = grad_at * count * (theta_at / (mu_at * (mu_at + theta_at)))
-        grad_mu[..., cell, gene] += at
-        # d/dtheta: mu / (mu + theta) - log(1 + mu / theta), and at non-zero counts the gamma and count terms
-        dense = (1 - share - log_ratio).flatten(0, -2)
-        grad_theta = grad.flatten() @ dense
-        change = torch.digamma(count + theta_at) - torch.digamma(theta_at) - count / (mu_at + theta_at)
-        sparse = grad_at * change
-        grad_theta.index_add_(0, gene, sparse.sum(tuple(range(sparse.dim() - 1))) if sparse.dim() > 1 else sparse)
-        return grad_mu, grad_theta, None
-
-
-def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
-    """Return the summed log-probability of counts under a negative binomial with gene-wise dispersion.
-
-    Mean ``mu``, variance ``mu + mu^2 / theta``. Terms without the mean are computed once a cell, not once a
-    particle. Exact; counts have no gradient.
-
-    Parameters
-    ----------
-    x
-        Counts, ``(cells, genes)``.
-    mu
-        Means, ``(..., cells, genes)``, positive.
-    theta
-        Inverse dispersion of each gene, ``(genes,)``, positive.
-
-    Returns
-    -------
-    ``(..., cells)``, nats.
-    """
-    return _NegativeBinomial.apply(mu, theta.to(mu.dtype), x)
-
-
 def poisson_log_prob(x: Tensor, mu: Tensor) -> Tensor:
     """Return the summed log-probability of counts under a Poisson with mean ``mu``, ``(..., cells)``, nats."""
     return (x * torch.log(mu) - mu).sum(-1) - torch.lgamma(x + 1).sum(-1)
+
+
+class SoftmaxNegativeBinomial(NegativeBinomial):
+    """Negative binomial with means ``library * softmax(logits) + MEAN_FLOOR``, which are computed when asked for.
+
+    Training asks for the likelihood alone, :meth:`total_log_prob`; everything else behaves as scvi-tools' class.
+
+    Parameters
+    ----------
+    logits
+        ``(..., cells, genes)``.
+    library
+        Counts of each cell, ``(cells, 1)``.
+    inverse_dispersion
+        Of each gene, ``(genes,)``.
+    """
+
+    def __init__(self, logits: Tensor, library: Tensor, inverse_dispersion: Tensor) -> None:
+        self._inputs = (logits, library, inverse_dispersion)
+        self._validate_args = False
+
+    def __getattr__(self, name: str) -> Any:
+        # reached only while the parent class is not set up; "_inputs" is missing in a copy that is being made
+        if name == "_inputs" or name.startswith("__") or "mu" in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        logits, library, inverse_dispersion = self._inputs
+        # sample() runs in inference mode, and would otherwise leave means behind that cannot be differentiated
+        with torch.inference_mode(False):
+            share = F.softmax(logits, dim=-1)
+            super().__init__(mu=library * share + MEAN_FLOOR, theta=inverse_dispersion, scale=share)
+        return getattr(self, name)
+
+    def total_log_prob(self, x: Tensor) -> Tensor:
+        """Return the log-probability of counts summed over genes, ``(..., cells)``, nats."""
+        logits, library, inverse_dispersion = self._inputs
+        return softmax_nb_log_prob(x, logits, library, inverse_dispersion, floor=MEAN_FLOOR)
 
 
 class ExpressionDecoder(nn.Module):
@@ -133,11 +109,10 @@ class ExpressionDecoder(nn.Module):
         out = self.out(self.mlp(z, covariates))
         if self.gene_likelihood == "normal":
             return Normal(out, self.scale.expand_as(out), normal_mu=out)
+        if self.gene_likelihood == "nb":
+            return SoftmaxNegativeBinomial(out, library, self.scale)
         rho = F.softmax(out, dim=-1)
-        mu = library * rho + MEAN_FLOOR
-        if self.gene_likelihood == "poisson":
-            return Poisson(mu, scale=rho)
-        return NegativeBinomial(mu=mu, theta=self.scale, scale=rho)
+        return Poisson(library * rho + MEAN_FLOOR, scale=rho)
 
     @property
     def scale(self) -> Tensor:
@@ -147,8 +122,8 @@ class ExpressionDecoder(nn.Module):
 
     def log_prob(self, px: NegativeBinomial | Poisson | Normal, x: Tensor) -> Tensor:
         """Return the log-likelihood of expression summed over genes, ``(..., cells)``, nats."""
-        if self.gene_likelihood == "nb":
-            return nb_log_prob(x, px.mu, self.scale)
+        if isinstance(px, SoftmaxNegativeBinomial):
+            return px.total_log_prob(x)
         if self.gene_likelihood == "poisson":
             return poisson_log_prob(x, px.rate)
         return px.log_prob(x).sum(-1)

@@ -16,8 +16,12 @@ class ConditionalVAEModule(ShiftedLatentModule):
     """Module of the conditional VAE.
 
     Generative process: ``z ~ N(0, I)``, ``x ~ NB(l softmax(f([z, d])), theta)`` with d the doses of all components.
-    Posterior: ``q(z | x, d)``. Doses enter the first layers linearly, so that combinations never seen are defined;
-    their weights start at zero, so that a component without training cells has no effect.
+    Posterior: ``q(z | x, d)``. Doses enter the first layers linearly, so that combinations never seen are defined.
+
+    A component's row of weights (``doses @ table``, as wide as the first layer that reads it) starts at zero, so that
+    one without training cells has no effect, and has the learning rate of what belongs to one perturbation. With that
+    of the networks the latents learn to carry the perturbation before the decoder does, and predictions, which swap the
+    doses only, show a fraction of the effect.
 
     Parameters
     ----------
@@ -44,28 +48,31 @@ class ConditionalVAEModule(ShiftedLatentModule):
             n_layers=n_layers,
             n_particles=n_particles,
             gene_likelihood=gene_likelihood,
-            n_decoder_extra=shape.n_components,
+            n_decoder_extra=n_hidden,
         )
-        self.encoder = MLP((shape.n_genes, shape.n_components, shape.n_covariates), n_hidden, n_layers)
+        self.encoder = MLP((shape.n_genes, n_hidden, shape.n_covariates), n_hidden, n_layers)
         self.head = GaussianHead(n_hidden, n_latent)
-        with torch.no_grad():
-            self.encoder.first.weight[:, shape.n_genes : shape.n_genes + shape.n_components] = 0
-            self.decoder.mlp.first.weight[:, n_latent : n_latent + shape.n_components] = 0
+        self.encoder_doses = torch.nn.Parameter(torch.zeros(shape.n_components, n_hidden))
+        self.decoder_doses = torch.nn.Parameter(torch.zeros(shape.n_components, n_hidden))
         # found after training and not trained; parameters, because they follow from the weights and are saved with them
         table = torch.zeros(shape.n_components, n_latent)
         self.posterior_shift = torch.nn.Parameter(table, requires_grad=False)
         self.posterior_inclusion = torch.nn.Parameter(table.clone(), requires_grad=False)
 
     def decoder_extra(self, doses: Tensor) -> Tensor:
-        """Return the doses."""
-        return doses
+        """Return the doses as the decoder's first layer reads them, ``(cells, hidden)``."""
+        return doses @ self.decoder_doses
+
+    def encode(self, x: Tensor, doses: Tensor, covariates: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of q(z | x, doses, covariates)."""
+        parts = (self.encoder_input(x), doses @ self.encoder_doses, covariates)
+        return self.head(self.encoder(*parts, standardize=(self.input_mean, self.input_sd)))
 
     def local_posterior(
         self, x: Tensor, doses: Tensor, covariates: Tensor | None, shift: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of q(z | x, doses, covariates); one for all draws."""
-        parts = (self.encoder_input(x), doses, covariates)
-        return self.head(self.encoder(*parts, standardize=(self.input_mean, self.input_sd)))
+        """Return mean and standard deviation of q(z), one for all draws: the encoder is evaluated once."""
+        return self.encode(x, doses, covariates)
 
     def draw_globals(self, n_samples: int, generator: torch.Generator | None = None) -> EffectSample:
         """Return draws of nothing: there are no global latents."""
@@ -80,8 +87,7 @@ class ConditionalVAEModule(ShiftedLatentModule):
 
     def basal_posterior(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of q(z) under the cell's own label."""
-        doses = inputs["doses"]
-        return self.local_posterior(inputs["x"], doses, self.covariates_of(inputs), torch.zeros_like(doses))
+        return self.encode(inputs["x"], inputs["doses"], self.covariates_of(inputs))
 
     def offset(self, doses: Tensor) -> Tensor:
         """Return the mean posterior shift of the components, ``(cells, latents)``."""
@@ -102,3 +108,7 @@ class ConditionalVAEModule(ShiftedLatentModule):
     def program_tables(self) -> tuple[Tensor, Tensor]:
         """Return mean posterior shifts and their inclusion."""
         return self.posterior_shift, self.posterior_inclusion
+
+    def global_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that belong to one gene or one perturbation."""
+        return [*super().global_parameters(), self.encoder_doses, self.decoder_doses]

@@ -17,10 +17,19 @@ from pertvae.models.base import Capabilities, PerturbationModel, PerturbationTra
 from pertvae.models.base._requests import Request
 from pertvae.models.samsvae._svaeplus_module import SVAEPlusModule
 
-# the two published implementations, where they differ
-VARIANTS: dict[str, dict[str, Any]] = {
+# ours, and the two published implementations where they differ
+VARIANTS: dict[str | None, dict[str, Any]] = {
+    None: {
+        "mask_prior": 1 / 3,
+        "mask_gradient": "identity",
+        "mask_draws": "component",
+        "mask_start": 0.0,
+        "effect_start": 0.1,
+        "global_kl": "full",
+    },
     "insitro": {
         "mask_prior": 1 / 3,
+        "mask_gradient": "gumbel",
         "mask_draws": "component",
         "mask_start": 0.0,
         "effect_start": 0.1,
@@ -28,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "genentech": {
         "mask_prior": 0.5,
+        "mask_gradient": "gumbel",
         "mask_draws": "cell",
         "mask_start": 5.0,
         "effect_start": 1.0,
@@ -92,21 +102,25 @@ class SVAEPlus(PerturbationModel):
         ``"sum"``: the prior's mean is the sum of its components' effects, times their doses. ``"unique"`` (published):
         each combination has effects of its own and doses are ignored; predicting one without training cells raises.
     variant
-        Which published implementation the defaults of the arguments below follow, see Notes.
+        Published implementation that the defaults of the arguments below follow: ``"insitro"`` or ``"genentech"``, see
+        Notes; ``None`` for ours.
     mask_prior
         Prior probability that a perturbation touches a latent: the mean ``1 / (1 + K)`` of ``pi ~ Beta(1, K)``, above 0
-        and at most 0.5, where K = 1 and the prior is flat.
+        and at most 0.5, where K = 1 and the prior is flat. 1/3 by default. A smaller one gives sparser masks and
+        shrinks predicted effects.
     mask_gradient
-        ``"gumbel"`` (published: relaxed Bernoulli) or ``"identity"``.
+        ``"identity"`` (default): a Bernoulli draw whose gradient is that of its probability. The penalty of pi is
+        exact, and this gradient has its scale. ``"gumbel"`` (published): relaxed Bernoulli.
     mask_draws
-        ``"component"``: a training step draws one mask a component and particle. ``"cell"``: one a cell.
+        ``"component"`` (default): a training step draws one mask a component and particle. ``"cell"``: one a cell.
     mask_start
-        Log-odds of inclusion at the start of training.
+        Log-odds of inclusion at the start of training; 0 by default.
     effect_start
-        Standard deviation of the random effects at the start of training.
+        Standard deviation of the random effects at the start of training; 0.1 by default.
     global_kl
-        Weight of the masks' penalty: ``"full"``, all components over the number of training cells; ``"plate"``, a
-        cell's components over their numbers of training cells.
+        Weight of the penalty of pi: ``"full"`` (default), all components over the number of training cells, which draws
+        components without training cells to no effect; ``"plate"``, a cell's components over their numbers of training
+        cells.
     conditions
         Labels that are treatments, for ``combinations="unique"``; by default those of the registered data.
 
@@ -118,12 +132,15 @@ class SVAEPlus(PerturbationModel):
     Notes
     -----
     ``variant="insitro"`` is the re-implementation that was compared with SAMS-VAE :cite:p:`Bereket23`:
-    ``mask_prior=1/3``, ``mask_draws="component"``, ``mask_start=0``, ``effect_start=0.1``, ``global_kl="plate"``,
-    perceptrons without normalisation layers. ``variant="genentech"`` follows the original :cite:p:`Lopez23`:
-    ``mask_prior=0.5`` (no sparsity unless asked for), ``mask_draws="cell"``, ``mask_start=5`` (masks start open),
-    ``effect_start=1``, ``global_kl="full"`` and ten epochs of KL warm-up. Deviations from the original: batch
-    normalisation and dropout are not offered, controls have the prior N(0, I) instead of a mask and effects of their
-    own.
+    ``mask_prior=1/3`` (on Norman 2019), ``mask_gradient="gumbel"``, ``mask_draws="component"``, ``mask_start=0``,
+    ``effect_start=0.1``, ``global_kl="plate"``, perceptrons without normalisation layers.
+
+    ``variant="genentech"`` follows the original :cite:p:`Lopez23`: ``mask_prior=0.5`` (no sparsity unless asked for),
+    ``mask_gradient="gumbel"``, ``mask_draws="cell"``, ``mask_start=5`` (masks start open), ``effect_start=1``,
+    ``global_kl="full"`` and ten epochs of KL warm-up. Deviations from it: batch normalisation and dropout are not
+    offered, and controls have the prior N(0, I) instead of a mask and effects of their own.
+
+    Both publications treat each combination as a treatment: add ``combinations="unique"``.
 
     Examples
     --------
@@ -157,9 +174,9 @@ class SVAEPlus(PerturbationModel):
         n_particles: int = 1,
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
         combinations: Literal["sum", "unique"] = "sum",
-        variant: Literal["insitro", "genentech"] = "insitro",
+        variant: Literal["insitro", "genentech"] | None = None,
         mask_prior: float | None = None,
-        mask_gradient: Literal["gumbel", "identity"] = "gumbel",
+        mask_gradient: Literal["gumbel", "identity"] | None = None,
         mask_draws: Literal["component", "cell"] | None = None,
         mask_start: float | None = None,
         effect_start: float | None = None,
@@ -168,9 +185,10 @@ class SVAEPlus(PerturbationModel):
     ) -> None:
         super().__init__(adata, registry)
         if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is not one of {list(VARIANTS)}.{hint(variant, VARIANTS)}")
+            raise ValueError(f"variant={variant!r} is not one of {list(VARIANTS)}.")
         given = {
             "mask_prior": mask_prior,
+            "mask_gradient": mask_gradient,
             "mask_draws": mask_draws,
             "mask_start": mask_start,
             "effect_start": effect_start,
@@ -179,7 +197,7 @@ class SVAEPlus(PerturbationModel):
         chosen = VARIANTS[variant] | {k: v for k, v in given.items() if v is not None}
         for name, value, accepted in (
             ("combinations", combinations, ("sum", "unique")),
-            ("mask_gradient", mask_gradient, ("gumbel", "identity")),
+            ("mask_gradient", chosen["mask_gradient"], ("gumbel", "identity")),
             ("mask_draws", chosen["mask_draws"], ("component", "cell")),
             ("global_kl", chosen["global_kl"], ("full", "plate")),
         ):
@@ -205,7 +223,6 @@ class SVAEPlus(PerturbationModel):
             n_layers=n_layers,
             n_particles=n_particles,
             gene_likelihood=gene_likelihood,
-            mask_gradient=mask_gradient,
             n_epochs_kl_warmup=GENENTECH_WARMUP if variant == "genentech" else None,
             conditions=None if conditions is None else self._patterns(conditions),
             **chosen,

@@ -129,6 +129,23 @@ def test_treatment_effects(case, trained):
             trained.get_treatment_effects(**wrong)
 
 
+def test_treatment_effects_in_the_protocol_of_the_paper(case, trained):
+    if not case.cls.capabilities.credible_effects:
+        with pytest.raises(ValueError, match=rf"{case.cls.__name__}.*predict_perturbation"):
+            trained.get_treatment_effects(protocol="paper")
+        return
+    before = state()
+    effects = trained.get_treatment_effects(["A", "B+A", CONTROL], protocol="paper", n_samples=40)
+    for ours, theirs in zip(state(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (effects.lower.loc["A"] < effects.mean.loc["A"]).any()
+    assert (effects.mean.loc[CONTROL] == 0).all()
+    alone = trained.get_treatment_effects("A+B", protocol="paper", n_samples=40, key_added=None)
+    np.testing.assert_array_equal(alone.mean.loc["A+B"], effects.mean.loc["B+A"])
+    stored = read_tables(trained.adata.uns, f"{case.name}_effects")
+    pd.testing.assert_frame_equal(stored["mean"], effects.mean, check_index_type=False, check_column_type=False)
+
+
 def test_marginal_likelihood(case, trained):
     if not case.cls.capabilities.marginal_ll:
         with pytest.raises(ValueError, match=case.cls.__name__):

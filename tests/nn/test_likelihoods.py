@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
+
 import pytest
 import torch
+from scvi.distributions import NegativeBinomial
 
 from pertvae.nn import ExpressionDecoder
 
@@ -30,6 +35,42 @@ def test_dispersion_belongs_to_the_gene_and_starts_at_one() -> None:
         module.log_scale.copy_(torch.linspace(-2, 2, 40))  # type: ignore[union-attr]
     px = module(torch.randn(5, 3), torch.randn(5, 2), torch.full((5, 1), 1000.0))
     torch.testing.assert_close(px.variance, px.mean + px.mean**2 / torch.linspace(-2, 2, 40).exp())
+
+
+def test_distribution_is_scvis_although_it_is_made_when_asked_for() -> None:
+    module = decoder()
+    z, library = torch.randn(4, 6, 3), torch.full((6, 1), 1000.0)
+    share = torch.softmax(module.out(module.mlp(z, None)), -1)
+    theirs = NegativeBinomial(mu=1000.0 * share + 1e-4, theta=module.scale, scale=share)
+    x = torch.poisson(torch.full((6, 40), 2.0))
+
+    def fresh() -> NegativeBinomial:
+        return module(z, None, library)  # type: ignore[return-value]
+
+    assert isinstance(fresh(), NegativeBinomial)
+    for name in ("mu", "theta", "scale", "mean", "variance"):  # each from a distribution that is not set up yet
+        torch.testing.assert_close(getattr(fresh(), name), getattr(theirs, name))
+    torch.testing.assert_close(fresh().log_prob(x), theirs.log_prob(x))
+    torch.testing.assert_close(fresh().get_normalized("scale"), share)
+    torch.testing.assert_close(module.log_prob(fresh(), x), theirs.log_prob(x).sum(-1))
+    assert fresh().sample().shape == (4, 6, 40)
+    assert fresh().batch_shape == theirs.batch_shape
+    assert not hasattr(fresh(), "no_such_thing")
+    with warnings.catch_warnings():  # scvi-tools checks no arguments unless asked
+        warnings.simplefilter("error")
+        fresh().log_prob(x + 0.5)
+
+
+def test_distribution_has_a_gradient_after_sampling_and_can_be_copied() -> None:
+    module = decoder()
+    px = module(torch.randn(6, 3), None, torch.full((6, 1), 1000.0))
+    px.sample()
+    px.mu.sum().backward()
+    assert module.out.weight.grad is not None
+    with torch.no_grad():
+        px = module(torch.randn(6, 3), None, torch.full((6, 1), 1000.0))
+    for clone in (copy.copy(px), copy.deepcopy(px), pickle.loads(pickle.dumps(px))):
+        assert torch.equal(clone.mu, px.mu)
 
 
 def test_empty_cell_has_a_finite_likelihood_and_gradient() -> None:

@@ -43,8 +43,8 @@ class SoftmaxNegativeBinomial(NegativeBinomial):
         self._validate_args = False
 
     def __getattr__(self, name: str) -> Any:
-        # reached only while the parent class is not set up; "_inputs" is missing in a copy that is being made
-        if name == "_inputs" or name.startswith("__") or "mu" in self.__dict__:
+        # reached while the parent class is not set up, and for what does not exist at all
+        if name.startswith("__") or "mu" in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         logits, library, inverse_dispersion = self._inputs
         # sample() runs in inference mode, and would otherwise leave means behind that cannot be differentiated

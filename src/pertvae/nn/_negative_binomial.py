@@ -246,7 +246,7 @@ class _LogProb(torch.autograd.Function):
         return to_means, to_theta, None, None, None, None
 
 
-def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor, *, look: bool | None = None) -> Tensor:
     """Return the summed log-probability of counts under a negative binomial with gene-wise dispersion.
 
     Mean ``mu``, variance ``mu + mu^2 / theta``. Terms without the mean are computed once a cell, not once a
@@ -260,15 +260,20 @@ def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
         Means, ``(..., cells, genes)``, positive.
     theta
         Inverse dispersion of each gene, ``(genes,)``, positive.
+    look
+        Find the non-zero counts first, which only tensors on the CPU can; by default they do.
 
     Returns
     -------
     ``(..., cells)``, nats.
     """
-    return _LogProb.apply(mu, theta.to(mu.dtype), x, None, 0.0, mu.device.type == "cpu")
+    look = mu.device.type == "cpu" if look is None else look
+    return _LogProb.apply(mu, theta.to(mu.dtype), x, None, 0.0, look)
 
 
-def softmax_nb_log_prob(x: Tensor, logits: Tensor, library: Tensor, theta: Tensor, *, floor: float) -> Tensor:
+def softmax_nb_log_prob(
+    x: Tensor, logits: Tensor, library: Tensor, theta: Tensor, *, floor: float, look: bool | None = None
+) -> Tensor:
     """Return :func:`nb_log_prob` at the means ``library * softmax(logits) + floor``, without storing them.
 
     Parameters
@@ -283,12 +288,14 @@ def softmax_nb_log_prob(x: Tensor, logits: Tensor, library: Tensor, theta: Tenso
         Inverse dispersion of each gene, ``(genes,)``, positive.
     floor
         Added to every mean.
+    look
+        As in :func:`nb_log_prob`.
 
     Returns
     -------
     ``(..., cells)``, nats.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    look = logits.device.type == "cpu"
+    look = logits.device.type == "cpu" if look is None else look
     library = library.to(dtype).expand(len(x), 1)
     return _LogProb.apply(logits.to(dtype), theta.to(dtype), x, library, floor, look)

@@ -29,38 +29,24 @@ TABLE = 32
 """Counts up to this have an entry in the tables."""
 BLOCK = 2**18
 """Elements of a piece that is worked on at a time on the CPU."""
-LARGE = 32.0
-"""Above this theta the difference of two gamma functions would lose digits; Stirling's series is exact to 1e-13."""
+
+
+def _wide(theta: Tensor) -> Tensor:
+    """Return theta in double precision, where there is one: gamma functions of large arguments are subtracted."""
+    return theta if theta.device.type == "mps" else theta.double()
 
 
 def log_rising(x: Tensor, theta: Tensor) -> Tensor:
     """Return ``lgamma(x + theta) - lgamma(theta) - x log theta`` for any real ``x >= 0``."""
-    high = x + theta
-    small = torch.lgamma(high).sub_(torch.lgamma(theta)).addcmul_(x, theta.log(), value=-1)
-    large = torch.log1p(x / theta).mul_(high - 0.5).sub_(x).add_(_lgamma_series(high)).sub_(_lgamma_series(theta))
-    return torch.where(theta > LARGE, large, small)
+    wide = _wide(theta)
+    value = torch.lgamma(x + wide).sub_(torch.lgamma(wide)).addcmul_(x.to(wide.dtype), wide.log(), value=-1)
+    return value.to(x.dtype)
 
 
 def rising_slope(x: Tensor, theta: Tensor) -> Tensor:
     """Return ``digamma(x + theta) - digamma(theta)`` for any real ``x >= 0``."""
-    high = x + theta
-    small = torch.digamma(high).sub_(torch.digamma(theta))
-    large = torch.log1p(x / theta).addcdiv_(x, theta * high, value=0.5)
-    large.sub_(_digamma_series(high)).add_(_digamma_series(theta))
-    return torch.where(theta > LARGE, large, small)
-
-
-def _lgamma_series(z: Tensor) -> Tensor:
-    """Return ``lgamma(z) - (z - 1/2) log z + z - log(2 pi) / 2`` for large z."""
-    inverse = z.reciprocal()
-    square = inverse * inverse
-    return (square / 1260).sub_(1 / 360).mul_(square).add_(1 / 12).mul_(inverse)
-
-
-def _digamma_series(z: Tensor) -> Tensor:
-    """Return ``log z - 1 / (2 z) - digamma(z)`` for large z."""
-    square = z.square().reciprocal_()
-    return (square / 252).sub_(1 / 120).mul_(square).add_(1 / 12).mul_(square)
+    wide = _wide(theta)
+    return torch.digamma(x + wide).sub_(torch.digamma(wide)).to(x.dtype)
 
 
 def _log_weight(x: Tensor, theta: Tensor) -> Tensor:

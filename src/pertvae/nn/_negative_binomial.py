@@ -186,8 +186,8 @@ class _AllEntries:
 class _LogProb(torch.autograd.Function):
     """Log-probability summed over genes, given means, or given logits and library sizes.
 
-    A cell's value depends on nothing but its own row, so that its gradient is known up to one factor when the value is.
-    Both are computed at once, piece by piece: but for the gradients, nothing as large as the means is stored.
+    Forward and backward go through the means piece by piece, and the backward pass computes anew what it needs: fresh
+    memory of the size of the decoder's output costs more than the logarithms that would be stored in it.
     """
 
     @staticmethod
@@ -197,39 +197,46 @@ class _LogProb(torch.autograd.Function):
         counts = (_NonZeros if look else _AllEntries)(x.to(means.dtype), theta)
         particles = means.reshape(-1, *means.shape[-2:])
         value = torch.empty_like(particles[..., 0])
-        with_gradient = any(ctx.needs_input_grad)
-        if with_gradient:
-            grad_means, grad_theta = torch.empty_like(particles), torch.empty_like(particles)
         for particle, cells, block in counts.blocks(len(particles)):
-            mu = part = particles[particle, cells].contiguous()
-            if library is not None:
-                share = torch.softmax(part, -1)
-                scaled = share * library[cells]
-                mu = scaled + floor
+            mu, _, _ = _from_logits(particles[particle, cells], library, cells, floor)
             log_ratio = (mu / theta).log1p_()
             value[particle, cells] = block.fit(mu, log_ratio) - log_ratio @ theta
-            if not with_gradient:
-                continue
-            q = block.excess(mu).div_(mu + theta)
-            torch.add(log_ratio, q, out=grad_theta[particle, cells])
-            q.mul_(theta).div_(mu)
-            if library is not None:
-                q.mul_(scaled)
-                q.addcmul_(share, q.sum(-1, keepdim=True), value=-1)
-            grad_means[particle, cells] = q
-        if with_gradient:
-            ctx.counts = counts
-            ctx.save_for_backward(grad_means, grad_theta)
+        ctx.counts, ctx.floor = counts, floor
+        ctx.save_for_backward(means, theta, library)
         return value.view(means.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grad_means, grad_theta = ctx.saved_tensors
-        weight = gradients[0].reshape(grad_means.shape[:-1])
-        to_theta = ctx.counts.slope(weight.sum(0)) - weight.reshape(-1) @ grad_theta.flatten(0, 1)
-        to_means = (grad_means * weight[..., None]).view(*gradients[0].shape, -1)
-        return to_means, to_theta, None, None, None, None
+        means, theta, library = ctx.saved_tensors
+        particles = means.reshape(-1, *means.shape[-2:])
+        weight = gradients[0].reshape(particles.shape[:-1])
+        to_means = torch.empty_like(particles)
+        to_theta = ctx.counts.slope(weight.sum(0))
+        for particle, cells, block in ctx.counts.blocks(len(particles)):
+            mu, scaled, share = _from_logits(particles[particle, cells], library, cells, ctx.floor)
+            w = weight[particle, cells]
+            # with q = (x - mu) / (mu + theta): the gradient of mu is q theta / mu,
+            # that of theta -q - log(1 + mu / theta) and the slope of r
+            q = block.excess(mu).div_(mu + theta)
+            to_theta -= w.reshape(-1) @ (mu / theta).log1p_().add_(q).flatten(0, -2)
+            q.mul_(theta).div_(mu)
+            if share is not None:
+                q.mul_(scaled)
+                q.addcmul_(share, q.sum(-1, keepdim=True), value=-1)
+            torch.mul(q, w[..., None], out=to_means[particle, cells])
+        return to_means.view(means.shape), to_theta, None, None, None, None
+
+
+def _from_logits(
+    values: Tensor, library: Tensor | None, cells: slice, floor: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return ``library softmax(values) + floor``, the same without the floor, and the softmax; or means as they are."""
+    if library is None:
+        return values.contiguous(), None, None
+    share = torch.softmax(values, -1)
+    scaled = share * library[cells]
+    return scaled + floor, scaled, share
 
 
 def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor, *, look: bool | None = None) -> Tensor:

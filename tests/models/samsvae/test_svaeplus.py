@@ -309,6 +309,17 @@ def test_unique_combinations(small_screen: AnnData, quiet: dict, tmp_path: Path)
         loaded.get_latent_representation(query, kind="perturbation")
 
 
+def test_conditions_given_by_name(small_screen: AnnData, quiet: dict) -> None:
+    labels = small_screen.obs["perturbation"].astype(str).unique()
+    swapped = ["+".join(reversed(p.split("+"))) for p in labels]
+    model = build(small_screen, combinations="unique", conditions=[*swapped, "P001", "control"])
+    model.train(max_epochs=2, **quiet)
+    assert set(model.get_perturbation_programs(key_added=None).effects.index) == set(labels) - {"control"}
+    assert len(model.module.mu) == len(labels) - 1
+    assert (model.module.cells_per_condition > 0).all()
+    model.predict_perturbation([p for p in swapped if "+" in p], n_cells=3)
+
+
 def test_latent_kinds(small_screen: AnnData, quiet: dict) -> None:
     model = build(small_screen)
     model.train(max_epochs=3, **quiet)

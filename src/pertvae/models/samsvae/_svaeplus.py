@@ -214,7 +214,9 @@ class SVAEPlus(PerturbationModel):
             raise ValueError("conditions=... needs combinations='unique': with 'sum' effects belong to components.")
         if combinations == "unique":
             # kept as an argument, so that a loaded model has those of the training
-            conditions = self._registered_conditions() if conditions is None else list(conditions)
+            given_conditions = self._registered_conditions() if conditions is None else conditions
+            canonical = dict.fromkeys(self.label_format.canonical(c) for c in given_conditions)
+            conditions = [c for c in canonical if c not in self.label_format.control]
         self._conditions = conditions
         self.module = SVAEPlusModule(
             self._module_shape(gene_likelihood),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Bernoulli, kl_divergence
@@ -54,7 +56,7 @@ def exact_kl(logits: torch.Tensor, prior: float) -> torch.Tensor:
 def test_exact_kl(prior: float) -> None:
     logits = LOGITS.double().requires_grad_()
     reference = LOGITS.double().requires_grad_()
-    ours = mask_kl(logits, sample_mask(logits, 3, "identity"), prior, "identity")
+    ours = mask_kl(logits, sample_mask(logits, 3, "identity"), math.log(prior / (1 - prior)), "identity")
     theirs = exact_kl(reference, prior)
     assert ours.shape == (3, len(LOGITS))
     torch.testing.assert_close(ours[0], theirs)
@@ -67,7 +69,7 @@ def test_exact_kl(prior: float) -> None:
 @pytest.mark.parametrize("prior", [0.001, 0.01, 0.5])
 def test_monte_carlo_kl_is_unbiased(prior: float) -> None:
     mask = sample_mask(LOGITS, 400_000, "gumbel", torch.Generator().manual_seed(0))
-    sampled = mask_kl(LOGITS, mask, prior, "gumbel")
+    sampled = mask_kl(LOGITS, mask, math.log(prior / (1 - prior)), "gumbel")
     error = sampled.mean(0) - exact_kl(LOGITS, prior)
     assert (error.abs() < 5 * sampled.std(0) / 400_000**0.5 + 1e-5).all()
 
@@ -76,13 +78,13 @@ def test_monte_carlo_kl_is_the_log_ratio_of_the_sample() -> None:
     mask = sample_mask(LOGITS, 20, "gumbel")
     prior = Bernoulli(torch.tensor(0.01))
     ratio = Bernoulli(logits=LOGITS).log_prob(mask) - prior.log_prob(mask)
-    torch.testing.assert_close(mask_kl(LOGITS, mask, 0.01, "gumbel"), ratio, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mask_kl(LOGITS, mask, math.log(0.01 / 0.99), "gumbel"), ratio, rtol=1e-5, atol=1e-5)
 
 
 def test_monte_carlo_kl_has_the_bias_of_the_relaxed_gradient() -> None:
     # at p = 0.01 against 0.001: 0.0639 where the exact gradient is 0.0227; the likelihood is off by the same factor
     logit = torch.logit(torch.tensor([0.01])).requires_grad_()
     mask = sample_mask(logit, 400_000, "gumbel", torch.Generator().manual_seed(0))
-    mask_kl(logit, mask, 0.001, "gumbel").mean().backward()
+    mask_kl(logit, mask, math.log(0.001 / 0.999), "gumbel").mean().backward()
     assert logit.grad is not None
     assert float(logit.grad) == pytest.approx(0.0639, rel=0.03)

@@ -28,7 +28,7 @@ def learn(gradient: str, kl: str, steps: int = 1500, draws: int = 1000) -> torch
         for group in optimiser.param_groups:
             group["lr"] = 0.2 * (1 - step / steps) + 0.002
         mask = sample_mask(logits, draws, gradient, generator)  # type: ignore[arg-type]
-        loss = (mask_kl(logits, mask, ALPHA, kl) - GAINS * mask).mean(0).sum()  # type: ignore[arg-type]
+        loss = (mask_kl(logits, mask, math.log(ALPHA / (1 - ALPHA)), kl) - GAINS * mask).mean(0).sum()  # type: ignore[arg-type]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

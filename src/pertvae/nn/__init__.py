@@ -5,6 +5,7 @@ from pertvae.nn._likelihoods import GENE_LIKELIHOODS, ExpressionDecoder, poisson
 from pertvae.nn._masks import mask_kl, sample_mask
 from pertvae.nn._mlp import MLP, GaussianHead, gaussian_kl
 from pertvae.nn._negative_binomial import nb_log_prob
+from pertvae.nn._rotation import simple_structure
 
 __all__ = [
     "GENE_LIKELIHOODS",
@@ -18,4 +19,5 @@ __all__ = [
     "nb_log_prob",
     "poisson_log_prob",
     "sample_mask",
+    "simple_structure",
 ]

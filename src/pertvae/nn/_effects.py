@@ -6,6 +6,7 @@ cell with doses d is shifted by ``sum_t d_t m_t e_t`` (Bereket & Karaletsos 2023
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 
 from pertvae.nn._masks import MaskGradient, mask_kl, sample_mask
 from pertvae.nn._mlp import SLOPE, VARIANCE_FLOOR, GaussianHead, gaussian_kl
+
+START_LOGIT = 5.0
+"""Log-odds of a mask that starts open: sure, and within reach."""
 
 EmbeddingInference = Literal["mean_field", "correlated"]
 
@@ -67,9 +71,16 @@ class SparseEffects(nn.Module):
         n_hidden: int = 128,
     ) -> None:
         super().__init__()
-        self.mask_prior, self.effect_prior_scale = mask_prior, effect_prior_scale
+        self.effect_prior_scale = effect_prior_scale
         self.embedding_inference, self.mask_gradient = embedding_inference, mask_gradient
         self.mask_logits = nn.Parameter(torch.zeros(n_components, n_latent))
+        self.base_logit = math.log(mask_prior / (1 - mask_prior))
+        # the prior's log-odds of each component; stricter for a while when masks are switched on
+        self.prior_logit: Tensor
+        self.register_buffer("prior_logit", torch.full((n_components, 1), self.base_logit))
+        self.open_masks: Tensor
+        self.register_buffer("open_masks", torch.tensor(False))
+        self._open = False
         self._kept: tuple[Any, Tensor] | None = None
         if embedding_inference == "correlated":
             # first layer of a perceptron on [mask row, one-hot identity], the identity's columns as a table
@@ -89,7 +100,26 @@ class SparseEffects(nn.Module):
     @property
     def inclusion(self) -> Tensor:
         """Posterior inclusion probability, components x latents."""
-        return torch.sigmoid(self.mask_logits)
+        return torch.ones_like(self.mask_logits) if self._open else torch.sigmoid(self.mask_logits)
+
+    @property
+    def open(self) -> bool:
+        """Whether all masks are held at 1 and have no KL: effects are dense."""
+        return self._open
+
+    @open.setter
+    def open(self, value: bool) -> None:
+        # the buffer is what is saved; the attribute spares a wait for the device in every step
+        self._open = bool(value)
+        self.open_masks.fill_(bool(value))
+
+    def set_prior(self, logit: Tensor) -> None:
+        """Set the log-odds of the masks' prior, ``(components, 1)``."""
+        self.prior_logit.copy_(logit)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._open = bool(self.open_masks)
 
     def posterior(self, mask: Tensor, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of q(e | m).
@@ -110,11 +140,15 @@ class SparseEffects(nn.Module):
 
     def sample(self, n_samples: int, generator: torch.Generator | None = None) -> EffectSample:
         """Draw M and E for all components, with gradients."""
-        mask = sample_mask(self.mask_logits, n_samples, self.mask_gradient, generator)
+        if self.open:
+            mask = self.inclusion.expand(n_samples, -1, -1)
+        else:
+            mask = sample_mask(self.mask_logits, n_samples, self.mask_gradient, generator)
         mean, sd = self.posterior(mask)
         effect = mean + sd * torch.randn(sd.shape, generator=generator, device=sd.device)
         kl = gaussian_kl(mean, sd, self.effect_prior_scale)
-        kl = kl + mask_kl(self.mask_logits, mask, self.mask_prior, self.mask_gradient)
+        if not self.open:
+            kl = kl + mask_kl(self.mask_logits, mask, self.prior_logit, self.mask_gradient)
         return EffectSample(mask * effect, kl.sum(-1))
 
     def draw(self, components: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
@@ -138,13 +172,61 @@ class SparseEffects(nn.Module):
         """
         if self.embedding_inference == "mean_field":
             return self.inclusion * self.loc
-        version = (self.mask_logits.device, n_samples, *(p._version for p in self.parameters()))
+        version = (self.mask_logits.device, n_samples, self.open, *(p._version for p in self.parameters()))
         if torch.is_grad_enabled() or self._kept is None or self._kept[0] != version:
             generator = torch.Generator(self.mask_logits.device).manual_seed(0)
             total = torch.zeros_like(self.mask_logits)
             for start in range(0, n_samples, 32):
                 n = min(32, n_samples - start)
                 mask = sample_mask(self.mask_logits.detach(), n, "identity", generator)
+                mask = torch.ones_like(mask) if self.open else mask
                 total = total + (mask * self.posterior(mask)[0]).sum(0)
             self._kept = (version, total / n_samples)
         return self._kept[1]
+
+    @torch.no_grad()
+    def rotate(self, rotation: Tensor) -> None:
+        """Turn the effects of open masks: ``e @ rotation``, means exactly, variances as well as a diagonal can.
+
+        Parameters
+        ----------
+        rotation
+            Orthogonal, ``(n_latent, n_latent)``.
+        """
+        if self.embedding_inference == "mean_field":
+            self.loc.copy_(self.loc @ rotation)
+            variance = (self.log_sd.exp() + VARIANCE_FLOOR).square() @ rotation.square()
+            self.log_sd.copy_((variance.sqrt() - VARIANCE_FLOOR).clamp(min=VARIANCE_FLOOR).log())
+        else:
+            # masks were all ones so far: their columns acted as a bias, and say nothing about single entries
+            self.from_mask.bias.add_(self.from_mask.weight.sum(1))
+            self.from_mask.weight.zero_()
+            h = F.leaky_relu(self.from_mask.bias + self.identity.weight, SLOPE)
+            h = h + F.leaky_relu(self.second(h), SLOPE)
+            self.head.rotate(rotation, h.mean(0))
+
+    @torch.no_grad()
+    def start_masks(self, energy: float) -> float:
+        """Switch masks on, from the dense effects: the largest that are significant are open, others at the prior.
+
+        Parameters
+        ----------
+        energy
+            Share of the sum of squared effects that the largest ones carry. Relative, because the size of effects
+            differs between screens. Significant is a mask whose posterior log-odds, the prior's plus the log Bayes
+            factor ``log N(0; 0, scale^2) / N(0; mean, sd^2)`` (Savage-Dickey), are positive.
+
+        Returns
+        -------
+        Size of the smallest effect among the largest, in units of the latents.
+        """
+        mean, sd = self.posterior(torch.ones_like(self.mask_logits))
+        largest = mean.abs().flatten().sort(descending=True).values
+        share = largest.square().cumsum(0) / largest.square().sum().clamp(min=1e-12)
+        threshold = largest[int((share < energy).sum().clamp(max=len(largest) - 1))]
+        odds = self.base_logit + 0.5 * (mean / sd).square() + torch.log(sd / self.effect_prior_scale)
+        closed = torch.full_like(odds, self.base_logit)
+        starts_open = (mean.abs() >= threshold) & (odds > 0)
+        self.mask_logits.copy_(torch.where(starts_open, odds.clamp(max=START_LOGIT), closed))
+        self.open = False
+        return float(threshold)

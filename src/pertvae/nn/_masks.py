@@ -14,7 +14,6 @@ Mixing them (exact KL with the relaxed gradient) moves the optimum by nats.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -59,8 +58,8 @@ def sample_mask(
     return hard + (soft - soft.detach())
 
 
-def mask_kl(logits: Tensor, mask: Tensor, prior: float, gradient: MaskGradient = "gumbel") -> Tensor:
-    """Return KL(q(m) || Bernoulli(prior)) of every entry in nats: a sample of it, or exact.
+def mask_kl(logits: Tensor, mask: Tensor, prior_logit: Tensor | float, gradient: MaskGradient = "gumbel") -> Tensor:
+    """Return KL(q(m) || p(m)) of every entry in nats: a sample of it, or exact.
 
     Parameters
     ----------
@@ -69,11 +68,11 @@ def mask_kl(logits: Tensor, mask: Tensor, prior: float, gradient: MaskGradient =
     mask
         The draw from :func:`sample_mask`; the estimate and its gradient run through it for ``"gumbel"``, its
         leading dimension is kept for both.
-    prior
-        Prior inclusion probability, in (0, 1).
+    prior_logit
+        Log-odds of the prior, a number or of a shape that broadcasts with ``logits``.
     gradient
         The gradient the mask was drawn with.
     """
-    prior_logit = math.log(prior) - math.log1p(-prior)
+    prior = torch.as_tensor(prior_logit, dtype=logits.dtype, device=logits.device)
     weight = mask if gradient == "gumbel" else torch.sigmoid(logits).expand(mask.shape)
-    return weight * (logits - prior_logit) - F.softplus(logits) - math.log1p(-prior)
+    return weight * (logits - prior) - F.softplus(logits) + F.softplus(prior)

@@ -61,9 +61,31 @@ class MLP(nn.Module):
             h = term if h is None else h + term
         assert h is not None
         h = F.leaky_relu(h + self.first.bias, SLOPE)
+        return self._deeper(h)
+
+    def _deeper(self, h: Tensor) -> Tensor:
         for layer in self.rest:
             h = h + F.leaky_relu(layer(h), SLOPE)
         return h
+
+    def at_zero(self) -> Tensor:
+        """Return the last hidden layer for an input of zeros, ``(n_hidden,)``."""
+        return self._deeper(F.leaky_relu(self.first.bias, SLOPE))
+
+    @torch.no_grad()
+    def rotate_input(self, part: int, rotation: Tensor) -> None:
+        """Turn the weights of one part, so that the output for ``part @ rotation`` is that for ``part`` before.
+
+        Parameters
+        ----------
+        part
+            Its position; an absent part (width 0) is left alone.
+        rotation
+            Orthogonal, as wide as the part.
+        """
+        weight = self.first.weight.split(self.n_in, dim=1)[part]
+        if weight.shape[1]:
+            weight.copy_(weight @ rotation)
 
 
 class GaussianHead(nn.Module):
@@ -77,6 +99,28 @@ class GaussianHead(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation."""
         return self.mean(h), (self.log_variance(h).exp() + VARIANCE_FLOOR).sqrt()
+
+    @torch.no_grad()
+    def rotate(self, rotation: Tensor, at: Tensor) -> None:
+        """Turn the Gaussian: means exactly, variances as well as a diagonal can.
+
+        The rotated covariance has the variances ``v @ rotation^2`` and covariances that a diagonal drops. The linear
+        head of their logs is exact to first order around ``at``.
+
+        Parameters
+        ----------
+        rotation
+            Orthogonal, ``(n_out, n_out)``; values are turned as ``value @ rotation``.
+        at
+            A typical hidden layer, ``(n_hidden,)``.
+        """
+        self.mean.weight.copy_(rotation.T @ self.mean.weight)
+        self.mean.bias.copy_(self.mean.bias @ rotation)
+        before = self.log_variance(at).exp()
+        after = before @ rotation.square()
+        jacobian = rotation.square() * before[:, None] / after
+        self.log_variance.weight.copy_(jacobian.T @ self.log_variance.weight)
+        self.log_variance.bias.copy_(after.log() - self.log_variance.weight @ at)
 
 
 def gaussian_kl(mean: Tensor, sd: Tensor, prior_sd: float = 1.0) -> Tensor:

@@ -62,7 +62,9 @@ def test_masks_move_and_would_not_with_the_usual_eps(
 ) -> None:
     moved, gradient = {}, {}
     for eps in (None, 0.01):
-        model = model_of(wide_screen, embedding_inference=embedding, n_latent=10, n_hidden=32, mask_prior=0.01)
+        model = model_of(
+            wide_screen, sparsify="published", embedding_inference=embedding, n_latent=10, n_hidden=32, mask_prior=0.01
+        )
         logits = model.module.effects.mask_logits
         sizes: list[float] = []
         logits.register_hook(lambda g, sizes=sizes: sizes.append(root_mean_square(g)))
@@ -83,8 +85,9 @@ def test_components_without_training_cells_go_to_the_prior(
     found = {}
     for global_kl in ("full", "plate"):
         model = model_of(
-            adata, global_kl=global_kl, embedding_inference="mean_field", mask_prior=0.05, effect_prior_scale=2.0
-        )
+            adata, sparsify="published", global_kl=global_kl, embedding_inference="mean_field", mask_prior=0.05,
+            effect_prior_scale=2.0,
+        )  # fmt: skip
         model.train(
             max_epochs=450, max_steps=450, split_key="split", batch_size=256, early_stopping=False,
             plan_kwargs={"lr": 0.04, "global_lr": 0.04}, **quiet,
@@ -190,7 +193,7 @@ class Spoil(pl.Callback):
 
 
 def test_best_weights_are_kept(small_screen: AnnData, model_of: Callable, quiet: dict) -> None:
-    model = model_of(split_column(small_screen))
+    model = model_of(split_column(small_screen), sparsify="published")
     spoil = Spoil(epoch=6)
     model.train(max_epochs=9, split_key="split", check_val_every_n_epoch=1, callbacks=[spoil], **quiet)
     monitored = model.history[MONITOR].iloc[:, 0].to_numpy(dtype=float)
@@ -214,7 +217,7 @@ def test_last_weights_are_kept_without_early_stopping(small_screen: AnnData, mod
 
 
 def test_early_stopping_stops(small_screen: AnnData, model_of: Callable, quiet: dict) -> None:
-    model = model_of(split_column(small_screen))
+    model = model_of(split_column(small_screen), sparsify="published")
     model.train(
         max_epochs=60, split_key="split", check_val_every_n_epoch=1, early_stopping_patience=4,
         callbacks=[Spoil(epoch=3)], plan_kwargs={"lr": 1e-6}, **quiet,

@@ -25,6 +25,7 @@ from pertvae.data import PerturbationDataSplitter
 from pertvae.models.base._getters import GettersMixin
 from pertvae.models.base._library import LibraryEffects, fit_library_effects
 from pertvae.models.base._module import PerturbationModule
+from pertvae.models.base._phases import Phase, divide_epochs
 from pertvae.models.base._plan import MONITOR, KeepBest, PerturbationTrainingPlan
 from pertvae.models.base._prediction import PredictionMixin
 from pertvae.models.base._registration import RegistrationMixin
@@ -154,7 +155,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         batch_size = datamodule.data_loader_kwargs.get("batch_size") or batch_size
         steps = max(1, math.ceil(datamodule.n_train / batch_size))
         if max_epochs is None:
-            max_epochs = int(np.clip(math.ceil(DEFAULT_STEPS / steps), MIN_EPOCHS, MAX_EPOCHS))
+            most = math.ceil(MAX_EPOCHS * self._default_steps / DEFAULT_STEPS)
+            max_epochs = int(np.clip(math.ceil(self._default_steps / steps), MIN_EPOCHS, most))
         if early_stopping is None:
             early_stopping = datamodule.n_val > 0
             if not early_stopping:
@@ -168,29 +170,58 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             raise ValueError(
                 "early_stopping=True needs validation cells: label some cells 'valid' in the split column."
             )
-        callbacks = list(trainer_kwargs.pop("callbacks", []))
+        phases = self._training_phases()
+        epochs_of = divide_epochs(phases, max_epochs)
         if early_stopping:
+            # every phase is validated: a metric that the first one lacks would be lost from the history
+            shortest = min(n for n in epochs_of if n)
             between = trainer_kwargs.setdefault(
-                "check_val_every_n_epoch", max(1, min(STEPS_BETWEEN_VALIDATIONS // steps, max_epochs))
+                "check_val_every_n_epoch", max(1, min(STEPS_BETWEEN_VALIDATIONS // steps, shortest))
             )
             trainer_kwargs.setdefault("early_stopping_monitor", MONITOR)
             trainer_kwargs.setdefault("early_stopping_patience", max(5, math.ceil(PATIENCE_STEPS / (steps * between))))
-            callbacks.append(KeepBest(trainer_kwargs["early_stopping_monitor"]))
-        self.module.train()  # getters and earlier fits leave it in evaluation mode
-        plan = self._training_plan_cls(self.module, manager=self.adata_manager, **(plan_kwargs or {}))
-        runner = self._train_runner_cls(
-            self,
-            training_plan=plan,
-            data_splitter=datamodule,
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            early_stopping=early_stopping,
-            callbacks=callbacks,
-            **trainer_kwargs,
-        )
-        runner()
+        callbacks = list(trainer_kwargs.pop("callbacks", []))
+        trained_before: bool = self.is_trained_  # type: ignore[has-type]
+        try:
+            for phase, epochs in zip(phases, epochs_of, strict=True):
+                if phase.begin is not None:
+                    phase.begin()
+                if not epochs:
+                    continue
+                may_stop = early_stopping and phase.may_stop
+                more = [KeepBest(trainer_kwargs["early_stopping_monitor"])] if may_stop else []
+                self.module.train()  # getters and earlier fits leave it in evaluation mode
+                plan = self._training_plan_cls(self.module, manager=self.adata_manager, **(plan_kwargs or {}))
+                runner = self._train_runner_cls(
+                    self,
+                    training_plan=plan,
+                    data_splitter=datamodule,
+                    max_epochs=epochs,
+                    accelerator=accelerator,
+                    devices=devices,
+                    early_stopping=may_stop,
+                    callbacks=[*callbacks, *phase.callbacks(epochs), *more],
+                    **trainer_kwargs,
+                )
+                runner()
+        except BaseException:
+            # a run that broke off may have ended before its last phase
+            self.is_trained_ = trained_before
+            raise
+        self._after_training()
         self.library_effects_ = self._fit_library_effects()
+
+    @property
+    def _default_steps(self) -> int:
+        """Optimiser steps of a default run."""
+        return DEFAULT_STEPS
+
+    def _training_phases(self) -> list[Phase]:
+        """Return the phases that ``max_epochs`` is divided over."""
+        return [Phase("training")]
+
+    def _after_training(self) -> None:
+        """Compute what a method derives from the trained weights."""
 
     def _fit_library_effects(self) -> LibraryEffects:
         """Fit the perturbations' effects on total counts; see :mod:`pertvae.models.base._library`."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -99,11 +98,6 @@ class ConditionalVAE(PerturbationModel):
             f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood."
         )
         self.init_params_ = self._get_init_params(locals())
-
-    @functools.wraps(PerturbationModel.train)
-    def train(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        super().train(*args, **kwargs)
-        self._after_training()
 
     @torch.inference_mode()
     def _after_training(self) -> None:

@@ -9,7 +9,9 @@ from anndata import AnnData
 from mudata import MuData
 
 from pertvae.models.base import Capabilities, PerturbationModel
+from pertvae.models.base._phases import Phase
 from pertvae.models.samsvae._module import SAMSVAEModule
+from pertvae.models.samsvae._sparsify import Sparsifier
 
 
 class SAMSVAE(PerturbationModel):
@@ -47,6 +49,11 @@ class SAMSVAE(PerturbationModel):
         ``"gumbel"`` (published: relaxed Bernoulli, KL through the same sample) or ``"identity"`` (exact KL).
     global_kl
         ``"full"`` or ``"plate"`` (published); see :class:`~pertvae.models.samsvae._module.SAMSVAEModule`.
+    sparsify
+        How training finds the masks. ``"rotate"``: effects are first learned without masks, then the latent space is
+        turned to the basis in which they are sparse (Jennrich 2006), then masks are switched on; ``train`` divides
+        its epochs over these phases. ``"published"``: masks learn from the start, undecided; they hardly find the
+        true programs.
 
     Raises
     ------
@@ -88,6 +95,7 @@ class SAMSVAE(PerturbationModel):
         basal_inference: Literal["mean_field", "correlated"] = "correlated",
         mask_gradient: Literal["gumbel", "identity"] = "gumbel",
         global_kl: Literal["full", "plate"] = "full",
+        sparsify: Literal["rotate", "published"] = "rotate",
     ) -> None:
         super().__init__(adata, registry)
         for name, value, accepted in (
@@ -95,6 +103,7 @@ class SAMSVAE(PerturbationModel):
             ("basal_inference", basal_inference, ("mean_field", "correlated")),
             ("mask_gradient", mask_gradient, ("gumbel", "identity")),
             ("global_kl", global_kl, ("full", "plate")),
+            ("sparsify", sparsify, ("rotate", "published")),
         ):
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is not one of {list(accepted)}.")
@@ -119,11 +128,19 @@ class SAMSVAE(PerturbationModel):
             mask_gradient=mask_gradient,
             global_kl=global_kl,
         )
+        self.sparsify = sparsify
         self._model_summary_string = (
             f"SAMSVAE: {n_latent} latents, {self.module.shape.n_components} perturbations, "
             f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood, mask prior {mask_prior}."
         )
         self.init_params_ = self._get_init_params(locals())
+
+    @property
+    def _default_steps(self) -> int:
+        return 10_000 if self.sparsify == "rotate" else super()._default_steps
+
+    def _training_phases(self) -> list[Phase]:
+        return Sparsifier(self.module).phases() if self.sparsify == "rotate" else super()._training_phases()
 
     def get_masks(self) -> pd.DataFrame:
         """Return the posterior probability that each perturbation touches each program.

@@ -5,19 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from scvi.module._constants import MODULE_KEYS
-from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor
-from torch.distributions import Normal
 
-from pertvae.models.base import ModuleShape, PerturbationModule
-from pertvae.nn import MLP, EffectSample, GaussianHead, SparseEffects, gaussian_kl
+from pertvae.models.base import ModuleShape
+from pertvae.models.samsvae._common import GlobalKL, ShiftedLatentModule
+from pertvae.nn import MLP, EffectSample, GaussianHead, SparseEffects
 
 BasalInference = Literal["mean_field", "correlated"]
-GlobalKL = Literal["full", "plate"]
 
 
-class SAMSVAEModule(PerturbationModule):
+class SAMSVAEModule(ShiftedLatentModule):
     """Module of SAMS-VAE.
 
     Generative process: ``m ~ Bernoulli(mask_prior)``, ``e ~ N(0, effect_prior_scale^2)``, ``z_basal ~ N(0, I)``,
@@ -88,90 +85,15 @@ class SAMSVAEModule(PerturbationModule):
         )
         return self.basal(h)
 
-    @auto_move_data
-    def inference(
-        self,
-        x: Tensor,
-        doses: Tensor,
-        size_factor: Tensor | None = None,
-        batch_index: Tensor | None = None,
-        labels: Tensor | None = None,
-        cat_covs: Tensor | None = None,
-        cont_covs: Tensor | None = None,
-        n_samples: int | None = None,
-        globals_: EffectSample | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Any]:
-        """Draw the latents.
+    def local_posterior(
+        self, x: Tensor, doses: Tensor, covariates: Tensor | None, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of q(z_basal | x, shift, covariates)."""
+        return self.encode(x, shift, covariates)
 
-        Parameters
-        ----------
-        x, doses, size_factor, batch_index, labels, cat_covs, cont_covs
-            A minibatch.
-        n_samples
-            Draws; ``n_particles`` by default. One draw has no leading dimension in the outputs.
-        globals_
-            Draws of masks and effects to use instead of new ones.
-        generator
-            Source of randomness; the global one by default.
-        """
-        if globals_ is None:
-            globals_ = self.effects.sample(n_samples or self.n_particles, generator)
-        offset = doses @ globals_.effect
-        mean, sd = self.encode(x, offset, self.covariates(batch_index, labels, cat_covs, cont_covs))
-        if mean.dim() < offset.dim():
-            mean, sd = mean.expand_as(offset), sd.expand_as(offset)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        z_basal = mean + sd * noise
-        z = z_basal + offset
-        if len(z) == 1:
-            z, z_basal, offset, mean, sd = z[0], z_basal[0], offset[0], mean[0], sd[0]
-        return {
-            MODULE_KEYS.Z_KEY: z,
-            MODULE_KEYS.QZ_KEY: Normal(mean + offset, sd, validate_args=False),
-            MODULE_KEYS.LIBRARY_KEY: self.library_size(x, size_factor),
-            "z_basal": z_basal,
-            "basal_mean": mean,
-            "basal_sd": sd,
-            "globals": globals_,
-        }
-
-    def loss(
-        self,
-        tensors: dict[str, Tensor],
-        inference_outputs: dict[str, Any],
-        generative_outputs: dict[str, Any],
-        kl_weight: float | Tensor = 1.0,
-        n_obs: int = 1,
-    ) -> LossOutput:
-        """Return the negative ELBO a cell: reconstruction + local KL + global KL / training cells."""
-        inputs = self._get_inference_input(tensors)
-        x, doses = inputs["x"], inputs["doses"]
-        reconstruction = -self.decoder.log_prob(generative_outputs[MODULE_KEYS.PX_KEY], x)
-        kl_local = gaussian_kl(inference_outputs["basal_mean"], inference_outputs["basal_sd"]).sum(-1)
-        if reconstruction.dim() > 1:
-            reconstruction, kl_local = reconstruction.mean(0), kl_local.mean(0)
-        kl_component = inference_outputs["globals"].kl.mean(0)
-        if self.global_kl == "full":
-            kl_global = kl_component.sum()
-            per_cell = kl_global / n_obs
-        else:
-            weight = (doses != 0).to(x.dtype).mean(0) / self.cells_per_component
-            weight = torch.where(self.cells_per_component > 0, weight, torch.zeros_like(weight))
-            per_cell = weight @ kl_component
-            kl_global = per_cell * n_obs
-        objective = (reconstruction + kl_local).mean() + per_cell
-        loss = reconstruction.mean() + kl_weight * (kl_local.mean() + per_cell)
-        return LossOutput(
-            loss=loss,
-            reconstruction_loss=reconstruction,
-            kl_local=kl_local,
-            kl_global=kl_global,
-            extra_metrics={
-                "objective": objective.detach(),
-                "mask_density": self.effects.inclusion.detach().mean(),
-            },
-        )
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the mean inclusion probability."""
+        return {"mask_density": self.effects.inclusion.detach().mean()}
 
     def basal_posterior(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of q(z_basal) at the expected shift of the cell's own label."""
@@ -187,6 +109,27 @@ class SAMSVAEModule(PerturbationModule):
         """Return one posterior draw a cell of ``sum_t d_t m_t e_t``, ``(cells, latents)``."""
         return (doses[:, None] * self.effects.draw(components, uniform, normal)).sum(1)
 
+    @torch.no_grad()
+    def rotate(self, rotation: Tensor) -> None:
+        """Turn the latent space: ``z @ rotation`` takes the place of z.
+
+        The basal prior is rotation invariant, so with masks open the generative model is unchanged and the bound is
+        too, up to posterior covariances that a diagonal cannot hold.
+
+        Parameters
+        ----------
+        rotation
+            Orthogonal, ``(n_latent, n_latent)``.
+        """
+        self.effects.rotate(rotation)
+        self.decoder.mlp.rotate_input(0, rotation)
+        self.basal.rotate(rotation, self.encoder.at_zero())
+        self.encoder.rotate_input(1, rotation)
+
+    def set_mask_cost(self, cost: float) -> None:
+        """Make an open mask cost so many nats for every training cell of its perturbation, on top of its prior."""
+        self.effects.set_prior(self.effects.base_logit - cost * self.cells_per_component[:, None])
+
     def global_parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters that belong to one gene or one perturbation, without the masks."""
         named = dict(self.effects.named_parameters())
@@ -200,18 +143,6 @@ class SAMSVAEModule(PerturbationModule):
         """Return ``E[m e]`` and the inclusion probability."""
         return self.effects.expected(), self.effects.inclusion
 
-    def draw_globals(self, n_samples: int, generator: torch.Generator) -> EffectSample:
+    def draw_globals(self, n_samples: int, generator: torch.Generator | None = None) -> EffectSample:
         """Draw masks and effects."""
         return self.effects.sample(n_samples, generator)
-
-    @auto_move_data
-    def log_weights(self, tensors: dict[str, Tensor], globals_: EffectSample, generator: torch.Generator) -> Tensor:
-        """Return log p(x | z) + log p(z_basal) - log q(z_basal) for each global draw, ``(samples, cells)``."""
-        inputs = self._get_inference_input(tensors)
-        outputs = self.inference(**inputs, globals_=globals_, generator=generator)
-        px = self.generative(**self._get_generative_input(tensors, outputs))[MODULE_KEYS.PX_KEY]
-        z, mean, sd = outputs["z_basal"], outputs["basal_mean"], outputs["basal_sd"]
-        log_q = Normal(mean, sd, validate_args=False).log_prob(z).sum(-1)
-        log_p = Normal(0.0, 1.0, validate_args=False).log_prob(z).sum(-1)
-        weights = self.decoder.log_prob(px, tensors["X"]) + log_p - log_q
-        return weights[None] if weights.dim() == 1 else weights

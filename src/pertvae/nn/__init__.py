@@ -1,6 +1,8 @@
 """Blocks that two or more methods share."""
 
+from pertvae.nn._dose import HillResponse
 from pertvae.nn._effects import EffectSample, SparseEffects
+from pertvae.nn._flow import ConditionalFlow
 from pertvae.nn._likelihoods import GENE_LIKELIHOODS, ExpressionDecoder, poisson_log_prob
 from pertvae.nn._masks import mask_kl, sample_mask
 from pertvae.nn._mlp import MLP, GaussianHead, gaussian_kl
@@ -10,9 +12,11 @@ from pertvae.nn._rotation import simple_structure
 __all__ = [
     "GENE_LIKELIHOODS",
     "MLP",
+    "ConditionalFlow",
     "EffectSample",
     "ExpressionDecoder",
     "GaussianHead",
+    "HillResponse",
     "SparseEffects",
     "gaussian_kl",
     "mask_kl",

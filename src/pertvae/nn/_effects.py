@@ -14,13 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pertvae.nn._low_rank import low_rank_kl, low_rank_noise
+from pertvae.nn._mask_priors import BetaPrior, MaskHyperprior
 from pertvae.nn._masks import MaskGradient, mask_kl, sample_mask
 from pertvae.nn._mlp import SLOPE, VARIANCE_FLOOR, GaussianHead, gaussian_kl
 
 START_LOGIT = 5.0
 """Log-odds of a mask that starts open: sure, and within reach."""
 
-EmbeddingInference = Literal["mean_field", "correlated"]
+FACTOR_START = 0.1
+"""Standard deviation of the factors' first entries: from zero they would have no gradient."""
+
+EmbeddingInference = Literal["mean_field", "correlated", "gated", "low_rank"]
 
 
 @dataclass
@@ -52,11 +57,20 @@ class SparseEffects(nn.Module):
         Standard deviation of the effect prior.
     embedding_inference
         ``"mean_field"``: q(E) a free diagonal Gaussian. ``"correlated"``: q(E | M) from a perceptron that reads the
-        component's mask row and its identity.
+        component's mask row and its identity. ``"gated"``: q(E | M) the free diagonal Gaussian where the mask is on
+        and the prior where it is off, so that entries pay for what they know only as often as they are used.
+        ``"low_rank"``: q(E) a free Gaussian for each component with covariance ``diag(sd^2) + F F'``.
     mask_gradient
         See :mod:`pertvae.nn._masks`.
     n_hidden
         Width of the perceptron of ``"correlated"`` (two hidden layers).
+    embedding_rank
+        Columns of F for ``"low_rank"``, at most ``n_latent`` are used.
+    mask_hyperprior
+        ``None``: every entry has the prior ``mask_prior``. ``"perturbation"``: ``pi_t ~ Beta(1, 1 / mask_prior - 1)``
+        for all entries of component t, so that how many latents it touches adapts. ``"latent"``: ``pi_l ~ Beta(a / L,
+        1)``, mean ``mask_prior``, for all entries of latent l, so that latents nobody uses are pruned. See
+        :class:`~pertvae.nn._mask_priors.BetaPrior`; a pi of each entry's own would change nothing.
     """
 
     def __init__(
@@ -69,13 +83,17 @@ class SparseEffects(nn.Module):
         embedding_inference: EmbeddingInference,
         mask_gradient: MaskGradient = "gumbel",
         n_hidden: int = 128,
+        embedding_rank: int = 4,
+        mask_hyperprior: MaskHyperprior | None = None,
     ) -> None:
         super().__init__()
         self.effect_prior_scale = effect_prior_scale
         self.embedding_inference, self.mask_gradient = embedding_inference, mask_gradient
         self.mask_logits = nn.Parameter(torch.zeros(n_components, n_latent))
         self.base_logit = math.log(mask_prior / (1 - mask_prior))
-        # the prior's log-odds of each component; stricter for a while when masks are switched on
+        self.hyperprior = None if mask_hyperprior is None else BetaPrior.with_mean(mask_hyperprior, mask_prior)
+        # the prior's log-odds of each component; stricter for a while when masks are switched on. With a hyperprior
+        # only their difference to the base counts
         self.prior_logit: Tensor
         self.register_buffer("prior_logit", torch.full((n_components, 1), self.base_logit))
         self.open_masks: Tensor
@@ -96,6 +114,9 @@ class SparseEffects(nn.Module):
         else:
             self.loc = nn.Parameter(torch.zeros(n_components, n_latent))
             self.log_sd = nn.Parameter(torch.zeros(n_components, n_latent))
+            if embedding_inference == "low_rank":
+                rank = min(embedding_rank, n_latent)
+                self.factor = nn.Parameter(FACTOR_START * torch.randn(n_components, n_latent, rank))
 
     @property
     def inclusion(self) -> Tensor:
@@ -114,15 +135,31 @@ class SparseEffects(nn.Module):
         self.open_masks.fill_(bool(value))
 
     def set_prior(self, logit: Tensor) -> None:
-        """Set the log-odds of the masks' prior, ``(components, 1)``."""
+        """Set the log-odds of the masks' prior, ``(components, 1)``.
+
+        With a hyperprior the log-odds are those it gives plus the difference of these to ``base_logit``.
+        """
         self.prior_logit.copy_(logit)
+
+    def _masks_kl(self, mask: Tensor) -> Tensor:
+        """Return the KL of masks, and of pi if it has a prior, of each draw and component."""
+        if self.hyperprior is None:
+            return mask_kl(self.mask_logits, mask, self.prior_logit, self.mask_gradient).sum(-1)
+        terms = self.hyperprior.terms(self.inclusion)
+        log_odds = terms.log_odds + (self.prior_logit - self.base_logit)
+        kl = mask_kl(self.mask_logits, mask, log_odds, self.mask_gradient, terms.log_closed)
+        return kl.sum(-1) + terms.kl
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._open = bool(self.open_masks)
 
+    def _diagonal_sd(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """Return the standard deviations of the independent part of q(e)."""
+        return self.log_sd[index].exp() + VARIANCE_FLOOR
+
     def posterior(self, mask: Tensor, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of q(e | m).
+        """Return mean and standard deviation of every entry in q(e | m).
 
         Parameters
         ----------
@@ -132,11 +169,17 @@ class SparseEffects(nn.Module):
             Indices of the components in ``mask``; all by default.
         """
         index = slice(None) if components is None else components
-        if self.embedding_inference == "mean_field":
-            return self.loc[index].expand_as(mask), (self.log_sd[index].exp() + VARIANCE_FLOOR).expand_as(mask)
-        h = F.leaky_relu(self.from_mask(mask) + self.identity.weight[index], SLOPE)
-        h = h + F.leaky_relu(self.second(h), SLOPE)
-        return self.head(h)
+        if self.embedding_inference == "correlated":
+            h = F.leaky_relu(self.from_mask(mask) + self.identity.weight[index], SLOPE)
+            h = h + F.leaky_relu(self.second(h), SLOPE)
+            return self.head(h)
+        mean, sd = self.loc[index], self._diagonal_sd(index)
+        if self.embedding_inference == "low_rank":
+            sd = (sd.square() + self.factor[index].square().sum(-1)).sqrt()
+        elif self.embedding_inference == "gated":
+            on = mask > 0.5
+            return mean.where(on, torch.zeros_like(mean)), sd.where(on, torch.full_like(sd, self.effect_prior_scale))
+        return mean.expand_as(mask), sd.expand_as(mask)
 
     def sample(self, n_samples: int, generator: torch.Generator | None = None) -> EffectSample:
         """Draw M and E for all components, with gradients."""
@@ -144,12 +187,26 @@ class SparseEffects(nn.Module):
             mask = self.inclusion.expand(n_samples, -1, -1)
         else:
             mask = sample_mask(self.mask_logits, n_samples, self.mask_gradient, generator)
-        mean, sd = self.posterior(mask)
-        effect = mean + sd * torch.randn(sd.shape, generator=generator, device=sd.device)
-        kl = gaussian_kl(mean, sd, self.effect_prior_scale)
+        if self.embedding_inference == "correlated":
+            mean, sd = self.posterior(mask)
+        else:
+            mean, sd = self.loc, self._diagonal_sd()
+        effect = mean + sd * torch.randn(mask.shape, generator=generator, device=mask.device)
+        if self.embedding_inference == "low_rank":
+            factor = self.factor
+            noise = torch.randn((n_samples, len(factor), factor.shape[-1]), generator=generator, device=mask.device)
+            effect = effect + torch.einsum("tlr,str->stl", factor, noise)
+            kl = low_rank_kl(mean, sd, factor, self.effect_prior_scale).expand(n_samples, -1)
+        else:
+            each = gaussian_kl(mean, sd, self.effect_prior_scale)
+            if self.embedding_inference == "gated":
+                # an effect that is off is not in z, so its value there, the prior's, needs no draw. As in mask_kl the
+                # gradient to the mask's log-odds is that of the mask the likelihood saw
+                each = each * (mask if self.mask_gradient == "gumbel" else self.inclusion)
+            kl = each.sum(-1).expand(n_samples, -1)
         if not self.open:
-            kl = kl + mask_kl(self.mask_logits, mask, self.prior_logit, self.mask_gradient)
-        return EffectSample(mask * effect, kl.sum(-1))
+            kl = kl + self._masks_kl(mask)
+        return EffectSample(mask * effect, kl)
 
     def draw(self, components: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
         """Return ``m * e`` of some components from given noise, ``(cells, components, latents)``.
@@ -162,6 +219,9 @@ class SparseEffects(nn.Module):
             Noise, ``(cells, components, latents)``: one posterior draw a cell.
         """
         mask = (uniform < self.inclusion[components]).to(normal.dtype)
+        if self.embedding_inference == "low_rank":
+            noise = low_rank_noise(self._diagonal_sd(components), self.factor[components], normal)
+            return mask * (self.loc[components] + noise)
         mean, sd = self.posterior(mask, components)
         return mask * (mean + sd * normal)
 
@@ -170,7 +230,7 @@ class SparseEffects(nn.Module):
 
         Outside training the value is kept until a parameter changes, because getters ask for it once a minibatch.
         """
-        if self.embedding_inference == "mean_field":
+        if self.embedding_inference != "correlated":
             return self.inclusion * self.loc
         version = (self.mask_logits.device, n_samples, self.open, *(p._version for p in self.parameters()))
         if torch.is_grad_enabled() or self._kept is None or self._kept[0] != version:
@@ -186,17 +246,21 @@ class SparseEffects(nn.Module):
 
     @torch.no_grad()
     def rotate(self, rotation: Tensor) -> None:
-        """Turn the effects of open masks: ``e @ rotation``, means exactly, variances as well as a diagonal can.
+        """Turn the effects of open masks: ``e @ rotation``.
+
+        Means and factors are turned exactly; of the turned diagonal covariance the variances are kept.
 
         Parameters
         ----------
         rotation
             Orthogonal, ``(n_latent, n_latent)``.
         """
-        if self.embedding_inference == "mean_field":
+        if self.embedding_inference != "correlated":
             self.loc.copy_(self.loc @ rotation)
-            variance = (self.log_sd.exp() + VARIANCE_FLOOR).square() @ rotation.square()
+            variance = self._diagonal_sd().square() @ rotation.square()
             self.log_sd.copy_((variance.sqrt() - VARIANCE_FLOOR).clamp(min=VARIANCE_FLOOR).log())
+            if self.embedding_inference == "low_rank":
+                self.factor.copy_(rotation.T @ self.factor)
         else:
             # masks were all ones so far: their columns acted as a bias, and say nothing about single entries
             self.from_mask.bias.add_(self.from_mask.weight.sum(1))

@@ -58,7 +58,13 @@ def sample_mask(
     return hard + (soft - soft.detach())
 
 
-def mask_kl(logits: Tensor, mask: Tensor, prior_logit: Tensor | float, gradient: MaskGradient = "gumbel") -> Tensor:
+def mask_kl(
+    logits: Tensor,
+    mask: Tensor,
+    prior_logit: Tensor | float,
+    gradient: MaskGradient = "gumbel",
+    log_closed: Tensor | None = None,
+) -> Tensor:
     """Return KL(q(m) || p(m)) of every entry in nats: a sample of it, or exact.
 
     Parameters
@@ -72,7 +78,11 @@ def mask_kl(logits: Tensor, mask: Tensor, prior_logit: Tensor | float, gradient:
         Log-odds of the prior, a number or of a shape that broadcasts with ``logits``.
     gradient
         The gradient the mask was drawn with.
+    log_closed
+        Log prior probability of a closed mask, where it does not follow from the log-odds: expectations of log
+        probabilities that are not known (see :mod:`pertvae.nn._mask_priors`).
     """
     prior = torch.as_tensor(prior_logit, dtype=logits.dtype, device=logits.device)
+    log_closed = -F.softplus(prior) if log_closed is None else log_closed
     weight = mask if gradient == "gumbel" else torch.sigmoid(logits).expand(mask.shape)
-    return weight * (logits - prior) - F.softplus(logits) + F.softplus(prior)
+    return weight * (logits - prior) - F.softplus(logits) - log_closed

@@ -41,7 +41,9 @@ class SAMSVAE(PerturbationModel):
     effect_prior_scale
         Prior standard deviation of effects, in units of the basal state's prior standard deviation.
     embedding_inference
-        Posterior of the effects: ``"mean_field"``, or ``"correlated"`` with the mask.
+        Posterior of the effects: ``"mean_field"``, or ``"correlated"`` with the mask (a network reads it), ``"gated"``
+        by the mask (effects that are off keep the prior and cost nothing), or ``"low_rank"`` (the effects of one
+        perturbation are correlated among each other).
     basal_inference
         Posterior of the basal state: ``"mean_field"`` reads expression only; ``"correlated"`` also reads the cell's
         shift, which lets it explain only what the perturbation does not.
@@ -49,6 +51,14 @@ class SAMSVAE(PerturbationModel):
         ``"gumbel"`` (published: relaxed Bernoulli, KL through the same sample) or ``"identity"`` (exact KL).
     global_kl
         ``"full"`` or ``"plate"`` (published); see :class:`~pertvae.models.samsvae._module.SAMSVAEModule`.
+    embedding_rank
+        Rank of the covariance of ``embedding_inference="low_rank"``.
+    mask_hyperprior
+        ``None``: ``mask_prior`` is the same for all. ``"perturbation"``: each perturbation has its own inclusion
+        probability, ``Beta(1, 1 / mask_prior - 1)``. ``"latent"``: each latent has its own, ``Beta(a / n_latent, 1)``
+        (finite Indian buffet process), which prunes latents that no perturbation uses. Both have the mean
+        ``mask_prior``. A probability of each entry's own would change nothing: with a single draw from it, its
+        marginal is ``mask_prior`` again.
     sparsify
         How training finds the masks. ``"rotate"``: effects are first learned without masks, then the latent space is
         turned to the basis in which they are sparse (Jennrich 2006), then masks are switched on; ``train`` divides
@@ -91,19 +101,22 @@ class SAMSVAE(PerturbationModel):
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
         mask_prior: float = 0.001,
         effect_prior_scale: float = 1.0,
-        embedding_inference: Literal["mean_field", "correlated"] = "mean_field",
+        embedding_inference: Literal["mean_field", "correlated", "gated", "low_rank"] = "mean_field",
         basal_inference: Literal["mean_field", "correlated"] = "correlated",
         mask_gradient: Literal["gumbel", "identity"] = "gumbel",
         global_kl: Literal["full", "plate"] = "full",
         sparsify: Literal["rotate", "published"] = "rotate",
+        embedding_rank: int = 4,
+        mask_hyperprior: Literal["perturbation", "latent"] | None = None,
     ) -> None:
         super().__init__(adata, registry)
         for name, value, accepted in (
-            ("embedding_inference", embedding_inference, ("mean_field", "correlated")),
+            ("embedding_inference", embedding_inference, ("mean_field", "correlated", "gated", "low_rank")),
             ("basal_inference", basal_inference, ("mean_field", "correlated")),
             ("mask_gradient", mask_gradient, ("gumbel", "identity")),
             ("global_kl", global_kl, ("full", "plate")),
             ("sparsify", sparsify, ("rotate", "published")),
+            ("mask_hyperprior", mask_hyperprior, (None, "perturbation", "latent")),
         ):
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is not one of {list(accepted)}.")
@@ -111,7 +124,12 @@ class SAMSVAE(PerturbationModel):
             raise ValueError(f"mask_prior={mask_prior} is not a probability strictly between 0 and 1.")
         if effect_prior_scale <= 0:
             raise ValueError(f"effect_prior_scale={effect_prior_scale} is not positive.")
-        for name, number in (("n_latent", n_latent), ("n_hidden", n_hidden), ("n_particles", n_particles)):
+        for name, number in (
+            ("n_latent", n_latent),
+            ("n_hidden", n_hidden),
+            ("n_particles", n_particles),
+            ("embedding_rank", embedding_rank),
+        ):
             if number < 1:
                 raise ValueError(f"{name}={number}: at least 1 is needed.")
         self.module = SAMSVAEModule(
@@ -127,6 +145,8 @@ class SAMSVAE(PerturbationModel):
             basal_inference=basal_inference,
             mask_gradient=mask_gradient,
             global_kl=global_kl,
+            embedding_rank=embedding_rank,
+            mask_hyperprior=mask_hyperprior,
         )
         self.sparsify = sparsify
         self._model_summary_string = (

@@ -26,7 +26,7 @@ class SAMSVAEModule(ShiftedLatentModule):
         Sizes of the registered data.
     n_latent, n_hidden, n_layers, n_particles, gene_likelihood
         See :class:`~pertvae.models.base.PerturbationModule`; encoder and decoder have the same depth and width.
-    mask_prior, effect_prior_scale, embedding_inference, mask_gradient
+    mask_prior, effect_prior_scale, embedding_inference, mask_gradient, embedding_rank, mask_hyperprior
         See :class:`~pertvae.nn.SparseEffects`.
     basal_inference
         ``"correlated"``: the basal encoder also reads the cell's sampled latent shift. ``"mean_field"``: expression
@@ -52,6 +52,8 @@ class SAMSVAEModule(ShiftedLatentModule):
         basal_inference: BasalInference,
         mask_gradient: Any = "gumbel",
         global_kl: GlobalKL = "full",
+        embedding_rank: int = 4,
+        mask_hyperprior: Any = None,
     ) -> None:
         super().__init__(
             shape,
@@ -73,6 +75,8 @@ class SAMSVAEModule(ShiftedLatentModule):
             embedding_inference=embedding_inference,
             mask_gradient=mask_gradient,
             n_hidden=n_hidden,
+            embedding_rank=embedding_rank,
+            mask_hyperprior=mask_hyperprior,
         )
 
     def encode(self, x: Tensor, offset: Tensor, covariates: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -132,8 +136,8 @@ class SAMSVAEModule(ShiftedLatentModule):
 
     def global_parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters that belong to one gene or one perturbation, without the masks."""
-        named = dict(self.effects.named_parameters())
-        return [*super().global_parameters(), *(named[n] for n in ("loc", "log_sd", "identity.weight") if n in named)]
+        named, names = dict(self.effects.named_parameters()), ("loc", "log_sd", "factor", "identity.weight")
+        return [*super().global_parameters(), *(named[n] for n in names if n in named)]
 
     def mask_parameters(self) -> list[torch.nn.Parameter]:
         """Return the log-odds of the masks."""

@@ -91,3 +91,97 @@ def test_gaussian_kl(prior_sd: float) -> None:
 
 def test_gaussian_kl_vanishes_at_the_prior() -> None:
     assert gaussian_kl(torch.zeros(3), torch.full((3,), 2.5), 2.5).abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------------- rotation
+
+
+def rotation_of(n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_rotated_input(n_layers: int, part: int) -> None:
+    torch.manual_seed(0)
+    mlp = MLP((5, 4, 3), 16, n_layers).double()
+    parts = [torch.randn(10, n, dtype=torch.float64) for n in mlp.n_in]
+    rotation = rotation_of(mlp.n_in[part])
+    before = mlp(*parts)
+    mlp.rotate_input(part, rotation)
+    assert (mlp(*parts) - before).abs().max() > 0.05
+    parts[part] = parts[part] @ rotation
+    torch.testing.assert_close(mlp(*parts), before)
+
+
+def test_rotating_an_absent_part_changes_nothing() -> None:
+    mlp = MLP((5, 0, 3), 8)
+    before = mlp.first.weight.detach().clone()
+    mlp.rotate_input(1, torch.eye(4))
+    assert torch.equal(mlp.first.weight, before)
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_hidden_layer_of_zeros(n_layers: int) -> None:
+    mlp = MLP((5, 0, 3), 8, n_layers)
+    torch.testing.assert_close(mlp.at_zero(), mlp(torch.zeros(5), None, torch.zeros(3)))
+
+
+def head_and_point() -> tuple[GaussianHead, torch.Tensor]:
+    torch.manual_seed(0)
+    head = GaussianHead(16, 5).double()
+    with torch.no_grad():
+        head.log_variance.weight.mul_(4)
+        head.log_variance.bias.copy_(torch.linspace(-4, 1, 5))
+    return head, torch.randn(16, dtype=torch.float64)
+
+
+def test_rotated_head() -> None:
+    head, at = head_and_point()
+    rotation = rotation_of(5)
+    h = torch.randn(30, 16, dtype=torch.float64)
+    mean, (_, sd_at) = head(h)[0], head(at)
+    head.rotate(rotation, at)
+    torch.testing.assert_close(head(h)[0], mean @ rotation)
+    # the diagonal of the rotated covariance, floor included
+    exact = torch.diagonal(rotation.T @ torch.diag(sd_at.square()) @ rotation)
+    torch.testing.assert_close(head(at)[1].square(), exact)
+    assert (exact.log() - sd_at.square().log()).abs().max() > 0.5
+
+
+def test_rotated_head_is_exact_to_first_order() -> None:
+    step = torch.randn(16, dtype=torch.float64)
+    errors = []
+    for size in (1e-1, 1e-2, 1e-3):
+        head, at = head_and_point()
+        rotation = rotation_of(5)
+        exact = head(at + size * step)[1].square() @ rotation.square()
+        head.rotate(rotation, at)
+        errors.append((head(at + size * step)[1].square() - exact).abs().max().item())
+    # the error falls with the square of the distance
+    assert errors[0] > 1e-6
+    assert errors[1] < 0.02 * errors[0]
+    assert errors[2] < 0.02 * errors[1]
+
+
+def test_head_of_equal_variances_turns_without_loss() -> None:
+    head, at = head_and_point()
+    with torch.no_grad():
+        head.log_variance.weight.copy_(head.log_variance.weight[:1].expand(5, 16))
+        head.log_variance.bias.fill_(-1.0)
+    h = 3 * torch.randn(30, 16, dtype=torch.float64)
+    sd = head(h)[1]
+    head.rotate(rotation_of(5), at)
+    torch.testing.assert_close(head(h)[1], sd)
+
+
+def test_rotated_there_and_back() -> None:
+    head, at = head_and_point()
+    h = torch.randn(30, 16, dtype=torch.float64)
+    permutation = torch.eye(5, dtype=torch.float64)[[3, 0, 4, 1, 2]]
+    mean, sd = head(h)
+    head.rotate(permutation, at)  # a permutation loses nothing
+    torch.testing.assert_close(head(h), (mean @ permutation, sd @ permutation))
+    head.rotate(permutation.T, at)
+    torch.testing.assert_close(head(h), (mean, sd))

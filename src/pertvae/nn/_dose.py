@@ -54,6 +54,11 @@ class HillResponse(nn.Module):
         log_response = F.logsigmoid(slope * (log_dose - log_midpoint)) - F.logsigmoid(slope * -log_midpoint)
         return torch.where(given, log_response.exp(), torch.zeros_like(doses))
 
+    def curves(self) -> dict[str, Tensor]:
+        """Return slope, midpoint in the units of the doses, and largest dose of each perturbation."""
+        midpoint = self.log_midpoint.exp() * self.largest_dose
+        return {"slope": self.log_slope.exp(), "midpoint": midpoint, "largest_dose": self.largest_dose}
+
     def penalty(self) -> Tensor:
         """Return minus the log prior density of slope and midpoint, less its smallest value, one a perturbation."""
         return 0.5 * ((self.log_slope / SLOPE_SD).square() + (self.log_midpoint / MIDPOINT_SD).square())

@@ -46,10 +46,11 @@ class ConditionalFlow(nn.Module):
         self.register_buffer("kept", parity.float(), persistent=False)
         self.register_buffer("rotation", torch.eye(n_latent))
         self.hidden = nn.ModuleList(MLP((n_latent, n_context), n_hidden) for _ in range(n_layers))
-        self.heads = nn.ModuleList(nn.Linear(n_hidden, 2 * n_latent) for _ in range(n_layers))
-        for head in self.heads:
+        heads = [nn.Linear(n_hidden, 2 * n_latent) for _ in range(n_layers)]
+        for head in heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, mean: Tensor, sd: Tensor, noise: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return draws and their log density.

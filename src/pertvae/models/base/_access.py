@@ -25,6 +25,15 @@ INNER_BLOCK = 128
 is padded to it, so that each cell sees matrix products of the same shape."""
 
 
+def padded(values: np.ndarray, device: Any, axis: int = 0) -> Tensor:
+    """Return a block as a tensor of ``INNER_BLOCK`` rows, the last row repeated."""
+    missing = INNER_BLOCK - values.shape[axis]
+    if missing:
+        last = np.take(values, [-1], axis=axis)
+        values = np.concatenate([values, np.repeat(last, missing, axis=axis)], axis=axis)
+    return torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32, device=device)
+
+
 def counts_table(model: PerturbationModel, adata: AnnData | MuData) -> AnnData:
     """Return the AnnData that holds the registered counts: the object itself, or a modality."""
     if isinstance(adata, MuData):

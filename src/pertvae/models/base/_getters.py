@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pertvae._constants import CP10K
 from pertvae._storage import write_tables
-from pertvae.models.base._access import INNER_BLOCK, control_indices, minibatches, row_indices
+from pertvae.models.base._access import INNER_BLOCK, control_indices, minibatches, padded, row_indices
 from pertvae.models.base._results import PerturbationPrograms
 from pertvae.models.base._treatment_effects import TreatmentEffectsMixin
 
@@ -86,8 +86,11 @@ class GettersMixin(TreatmentEffectsMixin):
         noise = np.zeros_like(result) if give_mean else np.random.default_rng(seed).standard_normal(result.shape, "f4")
         for positions, tensors in minibatches(model, adata, unique, batch_size):
             inputs = model.module._get_inference_input(tensors)
-            mean, sd = (t[: len(positions)].cpu().numpy() for t in model.module.latent(inputs, kind))
-            result[positions] = mean + sd * noise[positions]
+            if give_mean:
+                values = model.module.latent(inputs, kind)[0]
+            else:
+                values = model.module.draw_latent(inputs, kind, padded(noise[positions], model.device))
+            result[positions] = values[: len(positions)].cpu().numpy()
         result = result[inverse]
         if key_added is not None and len(rows) == adata.n_obs and (rows == np.arange(adata.n_obs)).all():
             name = f"X_{type(self).__name__.lower()}" + ("" if kind == "full" else f"_{kind}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,8 @@ class TrainingStatistics:
         Training cells with a non-zero dose of each component.
     n_cells
         Training cells.
+    largest_dose
+        Largest dose of each component among the training cells, 0 without any; ``None`` if not known.
     """
 
     input_mean: np.ndarray
@@ -72,6 +75,7 @@ class TrainingStatistics:
     output_log_scale: np.ndarray
     cells_per_component: np.ndarray
     n_cells: int
+    largest_dose: np.ndarray | None = None
 
 
 class PerturbationModule(BaseModuleClass):
@@ -297,6 +301,32 @@ class PerturbationModule(BaseModuleClass):
         inputs
             Output of ``_get_inference_input``.
         """
+
+    def basal_sampler(self, inputs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Encode cells once; return what turns noise into draws of their basal latent under their own labels.
+
+        The function takes standard normal noise ``(..., cells, latents)`` and returns as many draws.
+
+        Parameters
+        ----------
+        inputs
+            Output of ``_get_inference_input``.
+        """
+        mean, sd = self.basal_posterior(inputs)
+        return lambda noise: mean + sd * noise
+
+    def draw_latent(self, inputs: dict[str, Any], kind: str, noise: Tensor) -> Tensor:
+        """Return one draw of a kind of latent of each cell, with the expected shift, from given noise.
+
+        Parameters
+        ----------
+        inputs, kind
+            See :meth:`latent`.
+        noise
+            Standard normal, ``(cells, latents)``.
+        """
+        mean, sd = self.latent(inputs, kind)
+        return mean + sd * noise
 
     @abstractmethod
     def offset(self, doses: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from pertvae.models.base._access import (
     counts_table,
     covariate_columns,
     minibatches,
+    padded,
 )
 from pertvae.models.base._requests import Request, choose_cells, dose_tensors, parse_requests
 from pertvae.models.base._streams import CellStreams, cell_keys
@@ -242,21 +243,26 @@ class PredictionMixin:
         """Encode each source cell once and draw its basal state."""
         model = cast("PerturbationModel", self)
         unique, inverse = np.unique(rows, return_inverse=True)
-        mean = np.empty((len(unique), model.module.n_latent), np.float32)
-        sd, library = np.empty_like(mean), np.empty(len(unique), np.float32)
+        library = np.empty(len(unique), np.float32)
         covariates = np.empty((len(unique), model.module.shape.n_covariates), np.float32)
+        keys = cell_keys(adata.obs_names, rows)
+        z = CellStreams(seed, "basal", keys).normal(model.module.n_latent)
+        # noise of each cell's copies, copies x cells x latents: a cell is encoded once
+        copy = pd.Series(rows).groupby(rows, sort=False).cumcount().to_numpy()
+        noise = np.zeros((copy.max() + 1, len(unique), model.module.n_latent), np.float32)
+        noise[copy, inverse] = z
         for positions, tensors in minibatches(model, adata, unique, batch_size):
             n = len(positions)
             inputs = model.module._get_inference_input(tensors)
-            loc, scale = model.module.basal_posterior(inputs)
-            mean[positions], sd[positions] = loc[:n].cpu().numpy(), scale[:n].cpu().numpy()
+            if basal != "prior":
+                draw = model.module.basal_sampler(inputs)
+                drawn = draw(padded(noise[:, positions], model.device, axis=1))
+                noise[:, positions] = drawn[:, :n].cpu().numpy()
             library[positions] = model.module.library_size(inputs["x"], inputs["size_factor"])[:n, 0].cpu().numpy()
             encoded = model.module.covariates_of(inputs)
             if encoded is not None:
                 covariates[positions] = encoded[:n].cpu().numpy()
-        keys = cell_keys(adata.obs_names, rows)
-        noise = CellStreams(seed, "basal", keys).normal(model.module.n_latent)
-        z = noise if basal == "prior" else mean[inverse] + sd[inverse] * noise
+        z = noise[copy, inverse]
         return Sources(rows, keys, z, covariates[inverse] if covariates.shape[1] else None, library[inverse])
 
     def _resolve_library(
@@ -304,15 +310,14 @@ class PredictionMixin:
         for start in range(0, len(sources.rows), INNER_BLOCK):
             n = min(INNER_BLOCK, len(sources.rows) - start)
             streams = CellStreams(seed, request.key, sources.keys[start : start + n])
-            padded = [_pad(a[start : start + n], model.device) for a in (sources.z_basal, library[:, None])]
-            z, size = padded
+            z, size = (padded(a[start : start + n], model.device) for a in (sources.z_basal, library[:, None]))
             if len(components):
                 shape = (len(components), module.n_latent)
-                uniform, normal = (_pad(draw(*shape), model.device) for draw in (streams.uniform, streams.normal))
+                uniform, normal = (padded(draw(*shape), model.device) for draw in (streams.uniform, streams.normal))
                 z = z + module.draw_offset(components, doses, uniform, normal)
             covariates = None
             if sources.covariates is not None:
-                covariates = _pad(sources.covariates[start : start + n], model.device)
+                covariates = padded(sources.covariates[start : start + n], model.device)
             px = module.decode(z, row, covariates, size)
             mean = px.mean[:n].cpu().numpy()
             means.append(mean)
@@ -332,14 +337,6 @@ class PredictionMixin:
         if model.module.gene_likelihood == "normal":
             return np.asarray(x).mean(axis=0)
         return mean_profile(x)
-
-
-def _pad(values: np.ndarray, device: Any) -> torch.Tensor:
-    """Return a block as a tensor of ``INNER_BLOCK`` rows, the last row repeated."""
-    missing = INNER_BLOCK - len(values)
-    if missing:
-        values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
-    return torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32, device=device)
 
 
 def _observed(model: PerturbationModel, adata: AnnData | MuData, rows: np.ndarray) -> Any:

@@ -6,6 +6,7 @@ the shift comes from and in what the encoder and the decoder read.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from pertvae.models.base import PerturbationModule
 from pertvae.nn import EffectSample, gaussian_kl
 
 GlobalKL = Literal["full", "plate"]
+Objective = Literal["elbo", "iwae"]
 
 
 class ShiftedLatentModule(PerturbationModule):
@@ -30,6 +32,9 @@ class ShiftedLatentModule(PerturbationModule):
     global_kl: GlobalKL = "full"
     """``"full"``: every step takes the KL of all perturbations over the number of training cells. ``"plate"``: that of
     a cell's perturbations over their numbers of training cells."""
+    objective: Objective = "elbo"
+    """``"elbo"``: each particle has its own global draw. ``"iwae"``: all particles share one, and the basal states of a
+    cell are weighed by importance."""
 
     @abstractmethod
     def local_posterior(
@@ -56,9 +61,21 @@ class ShiftedLatentModule(PerturbationModule):
         """Training cells with a non-zero dose of each treatment."""
         return self.cells_per_component
 
+    def respond(self, doses: Tensor, components: Tensor | None = None) -> Tensor:
+        """Return what effects are multiplied by: the doses, or a function of them; every shift goes through here.
+
+        Parameters
+        ----------
+        doses
+            ``(..., components)``.
+        components
+            Indices of the components; all by default.
+        """
+        return doses
+
     def shift_of(self, globals_: EffectSample, doses: Tensor) -> Tensor:
         """Return the latent shift of each cell for each global draw, ``(samples, cells or 1, latents or 1)``."""
-        return self.treatments(doses) @ globals_.effect
+        return self.respond(self.treatments(doses)) @ globals_.effect
 
     def draw_shift(
         self, doses: Tensor, n_samples: int, generator: torch.Generator | None
@@ -70,6 +87,38 @@ class ShiftedLatentModule(PerturbationModule):
     def metrics(self) -> dict[str, Tensor]:
         """Return further scalars to log."""
         return {}
+
+    def draw_basal(
+        self,
+        x: Tensor,
+        doses: Tensor,
+        covariates: Tensor | None,
+        shift: Tensor,
+        *,
+        n_samples: int,
+        generator: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """Draw the basal states.
+
+        Parameters
+        ----------
+        x, doses, covariates, shift
+            See :meth:`local_posterior`.
+        n_samples
+            Draws; there are as many shifts, or one.
+        generator
+            Source of randomness; the global one by default.
+
+        Returns
+        -------
+        Draws ``z_basal``, mean and standard deviation of the Gaussian they come from, all ``(samples, cells,
+        latents)``; and, where their density is not that Gaussian's, ``basal_log_q``, ``(samples, cells)``.
+        """
+        mean, sd = self.local_posterior(x, doses, covariates, shift)
+        shape = (n_samples, *mean.shape[-2:])
+        mean, sd = mean.expand(shape), sd.expand(shape)
+        z = mean + sd * torch.randn(shape, generator=generator, device=mean.device)
+        return {"z_basal": z, "basal_mean": mean, "basal_sd": sd}
 
     @auto_move_data
     def inference(
@@ -92,32 +141,44 @@ class ShiftedLatentModule(PerturbationModule):
         x, doses, size_factor, batch_index, labels, cat_covs, cont_covs
             A minibatch.
         n_samples
-            Draws; ``n_particles`` by default. One draw has no leading dimension in the outputs.
+            Draws of globals and basal states together. By default those of a training step: ``n_particles``, and with
+            ``objective="iwae"`` as many basal states for one draw of the globals. One draw has no leading dimension in
+            the outputs.
         globals_
-            Draws of the global latents to use instead of new ones.
+            Draws of the global latents to use instead of new ones; then ``n_samples`` must be their number or ``None``.
         generator
             Source of randomness; the global one by default.
         """
+        particles = self.n_particles if n_samples is None else n_samples
+        shared = self.objective == "iwae" and n_samples is None
         if globals_ is None:
-            globals_, shift = self.draw_shift(doses, n_samples or self.n_particles, generator)
+            globals_, shift = self.draw_shift(doses, 1 if shared else particles, generator)
         else:
             shift = self.shift_of(globals_, doses)
-        mean, sd = self.local_posterior(x, doses, self.covariates(batch_index, labels, cat_covs, cont_covs), shift)
-        shape = (len(shift), *mean.shape[-2:])
-        mean, sd, shift = mean.expand(shape), sd.expand(shape), shift.expand(shape)
-        z_basal = mean + sd * torch.randn(shape, generator=generator, device=mean.device)
-        z = z_basal + shift
-        if len(z) == 1:
-            z, z_basal, shift, mean, sd = z[0], z_basal[0], shift[0], mean[0], sd[0]
-        return {
-            MODULE_KEYS.Z_KEY: z,
-            MODULE_KEYS.QZ_KEY: Normal(mean + shift, sd, validate_args=False),
+        covariates = self.covariates(batch_index, labels, cat_covs, cont_covs)
+        n = particles if shared and len(shift) == 1 else len(shift)
+        drawn = self.draw_basal(x, doses, covariates, shift, n_samples=n, generator=generator)
+        shift = shift.expand(drawn["z_basal"].shape)
+        if n == 1:
+            shift, drawn = shift[0], {k: v[0] for k, v in drawn.items()}
+        outputs = {
+            MODULE_KEYS.Z_KEY: drawn["z_basal"] + shift,
             MODULE_KEYS.LIBRARY_KEY: self.library_size(x, size_factor),
-            "z_basal": z_basal,
-            "basal_mean": mean,
-            "basal_sd": sd,
             "globals": globals_,
+            **drawn,
         }
+        if "basal_log_q" not in drawn:
+            mean, sd = drawn["basal_mean"], drawn["basal_sd"]
+            outputs[MODULE_KEYS.QZ_KEY] = Normal(mean + shift, sd, validate_args=False)
+        return outputs
+
+    def local_ratio(self, outputs: dict[str, Any]) -> Tensor:
+        """Return ``log q(z_basal) - log p(z_basal)`` at the draws, ``([samples,] cells)``."""
+        log_q = outputs.get("basal_log_q")
+        if log_q is None:
+            q = Normal(outputs["basal_mean"], outputs["basal_sd"], validate_args=False)
+            log_q = q.log_prob(outputs["z_basal"]).sum(-1)
+        return log_q - Normal(0.0, 1.0, validate_args=False).log_prob(outputs["z_basal"]).sum(-1)
 
     def loss(
         self,
@@ -127,12 +188,30 @@ class ShiftedLatentModule(PerturbationModule):
         kl_weight: float | Tensor = 1.0,
         n_obs: int = 1,
     ) -> LossOutput:
-        """Return the negative ELBO a cell: reconstruction + local KL + global KL / training cells."""
+        """Return the negative bound a cell: reconstruction + local KL + global KL / training cells.
+
+        ``objective="elbo"``: the local KL is exact for a Gaussian, else ``log q - log p`` at the draws.
+        ``objective="iwae"``: reconstruction + local KL is ``-log mean_k p(x | z_k) p(z_k) / q(z_k)`` over the basal
+        states of one global draw (Burda et al. 2016, arXiv 1509.00519), the globals' KL stays outside; reconstruction
+        is reported as the particles' mean, local KL as the rest.
+        """
         inputs = self._get_inference_input(tensors)
         x = inputs["x"]
         reconstruction = -self.decoder.log_prob(generative_outputs[MODULE_KEYS.PX_KEY], x)
-        kl_local = gaussian_kl(inference_outputs["basal_mean"], inference_outputs["basal_sd"]).sum(-1)
-        if reconstruction.dim() > 1:
+        iwae = self.objective == "iwae"
+        if iwae or "basal_log_q" in inference_outputs:
+            kl_local = self.local_ratio(inference_outputs)
+        else:
+            kl_local = gaussian_kl(inference_outputs["basal_mean"], inference_outputs["basal_sd"]).sum(-1)
+        local_loss: Tensor | None = None
+        if iwae:
+            log_weights = torch.atleast_2d(-reconstruction - kl_local)
+            tempered = torch.atleast_2d(-reconstruction - kl_weight * kl_local)
+            local_loss = -(torch.logsumexp(tempered, 0) - math.log(len(tempered))).mean()
+            bound = torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+            reconstruction = torch.atleast_2d(reconstruction).mean(0)
+            kl_local = -bound - reconstruction
+        elif reconstruction.dim() > 1:
             reconstruction, kl_local = reconstruction.mean(0), kl_local.mean(0)
         kl_component = inference_outputs["globals"].kl.mean(0)
         if self.global_kl == "full":
@@ -145,7 +224,10 @@ class ShiftedLatentModule(PerturbationModule):
             per_cell = weight @ kl_component
             kl_global = per_cell * n_obs
         objective = (reconstruction + kl_local).mean() + per_cell
-        loss = reconstruction.mean() + kl_weight * (kl_local.mean() + per_cell)
+        if local_loss is None:
+            loss = reconstruction.mean() + kl_weight * (kl_local.mean() + per_cell)
+        else:
+            loss = local_loss + kl_weight * per_cell
         return LossOutput(
             loss=loss,
             reconstruction_loss=reconstruction,
@@ -158,10 +240,7 @@ class ShiftedLatentModule(PerturbationModule):
     def log_weights(self, tensors: dict[str, Tensor], globals_: EffectSample, generator: torch.Generator) -> Tensor:
         """Return log p(x | z) + log p(z_basal) - log q(z_basal) for each global draw, ``(samples, cells)``."""
         inputs = self._get_inference_input(tensors)
-        outputs = self.inference(**inputs, globals_=globals_, generator=generator)
+        outputs = self.inference(**inputs, n_samples=len(globals_.kl), globals_=globals_, generator=generator)
         px = self.generative(**self._get_generative_input(tensors, outputs))[MODULE_KEYS.PX_KEY]
-        z, mean, sd = outputs["z_basal"], outputs["basal_mean"], outputs["basal_sd"]
-        log_q = Normal(mean, sd, validate_args=False).log_prob(z).sum(-1)
-        log_p = Normal(0.0, 1.0, validate_args=False).log_prob(z).sum(-1)
-        weights = self.decoder.log_prob(px, inputs["x"]) + log_p - log_q
+        weights = self.decoder.log_prob(px, inputs["x"]) - self.local_ratio(outputs)
         return weights[None] if weights.dim() == 1 else weights

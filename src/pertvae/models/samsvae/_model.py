@@ -64,6 +64,16 @@ class SAMSVAE(PerturbationModel):
         turned to the basis in which they are sparse (Jennrich 2006), then masks are switched on; ``train`` divides
         its epochs over these phases. ``"published"``: masks learn from the start, undecided; they hardly find the
         true programs.
+    dose_response
+        ``"linear"``: a shift is the dose times the effect. ``"hill"``: the effect is that of the perturbation's
+        largest training dose, and smaller doses have a share of it that follows a Hill curve of their perturbation,
+        learned with it (not in the paper).
+    basal_posterior
+        ``"gaussian"``: diagonal Gaussian. ``"flow"``: a conditional normalising flow on top of it, for posteriors that
+        are correlated, curved or have two modes; its KL is estimated at the draws (not in the paper).
+    objective
+        ``"elbo"``, or ``"iwae"``: ``n_particles`` draws of a cell's basal state are weighed by importance, for one
+        draw of masks and effects, whose KL stays outside: a tighter bound (not in the paper).
 
     Raises
     ------
@@ -108,6 +118,9 @@ class SAMSVAE(PerturbationModel):
         sparsify: Literal["rotate", "published"] = "rotate",
         embedding_rank: int = 4,
         mask_hyperprior: Literal["perturbation", "latent"] | None = None,
+        dose_response: Literal["linear", "hill"] = "linear",
+        basal_posterior: Literal["gaussian", "flow"] = "gaussian",
+        objective: Literal["elbo", "iwae"] = "elbo",
     ) -> None:
         super().__init__(adata, registry)
         for name, value, accepted in (
@@ -117,6 +130,9 @@ class SAMSVAE(PerturbationModel):
             ("global_kl", global_kl, ("full", "plate")),
             ("sparsify", sparsify, ("rotate", "published")),
             ("mask_hyperprior", mask_hyperprior, (None, "perturbation", "latent")),
+            ("dose_response", dose_response, ("linear", "hill")),
+            ("basal_posterior", basal_posterior, ("gaussian", "flow")),
+            ("objective", objective, ("elbo", "iwae")),
         ):
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is not one of {list(accepted)}.")
@@ -132,6 +148,11 @@ class SAMSVAE(PerturbationModel):
         ):
             if number < 1:
                 raise ValueError(f"{name}={number}: at least 1 is needed.")
+        if objective == "iwae" and n_particles < 2:
+            raise ValueError(
+                f"objective='iwae' weighs several draws of a cell, but n_particles={n_particles}: pass n_particles=5, "
+                "say, or objective='elbo'."
+            )
         self.module = SAMSVAEModule(
             self._module_shape(gene_likelihood),
             n_latent=n_latent,
@@ -147,6 +168,9 @@ class SAMSVAE(PerturbationModel):
             global_kl=global_kl,
             embedding_rank=embedding_rank,
             mask_hyperprior=mask_hyperprior,
+            dose_response=dose_response,
+            basal_posterior=basal_posterior,
+            objective=objective,
         )
         self.sparsify = sparsify
         self._model_summary_string = (
@@ -178,3 +202,26 @@ class SAMSVAE(PerturbationModel):
         inclusion = self.module.program_tables()[1].detach().cpu().numpy()
         names = [f"program_{k}" for k in range(inclusion.shape[1])]
         return pd.DataFrame(inclusion, index=self.perturbation_names, columns=names)
+
+    def get_dose_response(self) -> pd.DataFrame:
+        """Return the learned dose response of each perturbation.
+
+        Returns
+        -------
+        DataFrame, one row a perturbation: ``slope`` (k), ``midpoint`` (the dose at which the curve reaches half of its
+        plateau, in the units of the registered doses) and ``largest_dose`` (the dose whose shift is the effect in
+        the programs). Point estimates.
+
+        Raises
+        ------
+        ValueError
+            If the model was not made with ``dose_response="hill"``.
+        RuntimeError
+            If the model is not trained.
+        """
+        self._check_if_trained(warn=False)
+        if self.module.hill is None:
+            raise ValueError("The dose acts linearly: make the model with dose_response='hill' to learn its response.")
+        return pd.DataFrame(
+            {k: v.detach().cpu().numpy() for k, v in self.module.hill.curves().items()}, index=self.perturbation_names
+        )

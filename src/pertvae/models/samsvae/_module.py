@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pertvae.models.base import ModuleShape
-from pertvae.models.samsvae._common import GlobalKL, ShiftedLatentModule
-from pertvae.nn import MLP, EffectSample, GaussianHead, SparseEffects
+from pertvae.models.base import ModuleShape, TrainingStatistics
+from pertvae.models.samsvae._common import GlobalKL, Objective, ShiftedLatentModule
+from pertvae.nn import MLP, ConditionalFlow, EffectSample, GaussianHead, HillResponse, SparseEffects
 
 BasalInference = Literal["mean_field", "correlated"]
+BasalPosterior = Literal["gaussian", "flow"]
+DoseResponse = Literal["linear", "hill"]
+MEAN_DRAWS = 64
+"""Draws that mean and standard deviation of a flow are taken over: 32 and their mirror images."""
 
 
 class SAMSVAEModule(ShiftedLatentModule):
@@ -35,6 +41,12 @@ class SAMSVAEModule(ShiftedLatentModule):
         ``"full"``: every step takes the KL of all components over the number of training cells.  ``"plate"``: that
         of a cell's components over their numbers of training cells (published). Both have the same expectation;
         ``"full"`` has the lower variance and draws components without training cells to the prior.
+    dose_response
+        ``"linear"``: effects are multiplied by doses. ``"hill"``: by :class:`~pertvae.nn.HillResponse` of them.
+    basal_posterior
+        ``"gaussian"``, or ``"flow"``: :class:`~pertvae.nn.ConditionalFlow` that reads the encoder's last hidden layer.
+    objective
+        See :meth:`~pertvae.models.samsvae._common.ShiftedLatentModule.loss`.
     """
 
     def __init__(
@@ -54,6 +66,9 @@ class SAMSVAEModule(ShiftedLatentModule):
         global_kl: GlobalKL = "full",
         embedding_rank: int = 4,
         mask_hyperprior: Any = None,
+        dose_response: DoseResponse = "linear",
+        basal_posterior: BasalPosterior = "gaussian",
+        objective: Objective = "elbo",
     ) -> None:
         super().__init__(
             shape,
@@ -63,7 +78,7 @@ class SAMSVAEModule(ShiftedLatentModule):
             n_particles=n_particles,
             gene_likelihood=gene_likelihood,
         )
-        self.basal_inference, self.global_kl = basal_inference, global_kl
+        self.basal_inference, self.global_kl, self.objective = basal_inference, global_kl, objective
         n_offset = n_latent if basal_inference == "correlated" else 0
         self.encoder = MLP((shape.n_genes, n_offset, shape.n_covariates), n_hidden, n_layers)
         self.basal = GaussianHead(n_hidden, n_latent)
@@ -78,16 +93,32 @@ class SAMSVAEModule(ShiftedLatentModule):
             embedding_rank=embedding_rank,
             mask_hyperprior=mask_hyperprior,
         )
+        # made last, so that the others start from the same random numbers with and without them
+        self.hill = HillResponse(shape.n_components) if dose_response == "hill" else None
+        self.flow = ConditionalFlow(n_latent, n_hidden) if basal_posterior == "flow" else None
 
-    def encode(self, x: Tensor, offset: Tensor, covariates: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of q(z_basal | x, offset, covariates)."""
-        h = self.encoder(
+    def set_training_statistics(self, statistics: TrainingStatistics) -> None:
+        """Fill the buffers; the first fit also sets the doses at which the response is 1, for good."""
+        if self.hill is not None and statistics.largest_dose is not None and not bool(self.started):
+            self.hill.set_largest_dose(torch.as_tensor(statistics.largest_dose, dtype=torch.float32))
+        super().set_training_statistics(statistics)
+
+    def respond(self, doses: Tensor, components: Tensor | None = None) -> Tensor:
+        """Return the doses, or the Hill response to them."""
+        return doses if self.hill is None else self.hill(doses, components)
+
+    def hidden(self, x: Tensor, offset: Tensor, covariates: Tensor | None) -> Tensor:
+        """Return the encoder's last hidden layer."""
+        return self.encoder(
             self.encoder_input(x),
             offset if self.basal_inference == "correlated" else None,
             covariates,
             standardize=(self.input_mean, self.input_sd),
         )
-        return self.basal(h)
+
+    def encode(self, x: Tensor, offset: Tensor, covariates: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of q(z_basal | x, offset, covariates); of the Gaussian under a flow."""
+        return self.basal(self.hidden(x, offset, covariates))
 
     def local_posterior(
         self, x: Tensor, doses: Tensor, covariates: Tensor | None, shift: Tensor
@@ -99,19 +130,68 @@ class SAMSVAEModule(ShiftedLatentModule):
         """Return the mean inclusion probability."""
         return {"mask_density": self.effects.inclusion.detach().mean()}
 
+    def draw_basal(
+        self,
+        x: Tensor,
+        doses: Tensor,
+        covariates: Tensor | None,
+        shift: Tensor,
+        *,
+        n_samples: int,
+        generator: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """Draw the basal states from the Gaussian or the flow."""
+        if self.flow is None:
+            return super().draw_basal(x, doses, covariates, shift, n_samples=n_samples, generator=generator)
+        h = self.hidden(x, shift, covariates)
+        mean, sd = self.basal(h)
+        shape = (n_samples, *mean.shape[-2:])
+        noise = torch.randn(shape, generator=generator, device=mean.device)
+        z, log_q = self.flow(mean, sd, noise, h)
+        return {"z_basal": z, "basal_mean": mean.expand(shape), "basal_sd": sd.expand(shape), "basal_log_q": log_q}
+
     def basal_posterior(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of q(z_basal) at the expected shift of the cell's own label."""
-        x, doses = inputs["x"], inputs["doses"]
-        covariates = self.covariates(*(inputs[k] for k in ("batch_index", "labels", "cat_covs", "cont_covs")))
-        return self.encode(x, self.offset(doses), covariates)
+        """Return mean and standard deviation of q(z_basal) at the expected shift of the cell's own label.
+
+        Those of a flow are over draws from the same 64 vectors of noise for every cell, 32 and their mirror images.
+        """
+        if self.flow is None:
+            return self.encode(inputs["x"], self.offset(inputs["doses"]), self.covariates_of(inputs))
+        noise = torch.randn(MEAN_DRAWS // 2, 1, self.n_latent, generator=torch.Generator().manual_seed(0))
+        h = self.hidden(inputs["x"], self.offset(inputs["doses"]), self.covariates_of(inputs))
+        mean, sd = self.basal(h)
+        draws, _ = self.flow(mean, sd, torch.cat([noise, -noise]).to(h.device).expand(-1, len(h), -1), h)
+        return draws.mean(0), draws.std(0, correction=0)
+
+    def basal_sampler(self, inputs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Encode cells once; return what turns noise into draws of their basal latent under their own labels."""
+        flow = self.flow
+        if flow is None:
+            return super().basal_sampler(inputs)
+        h = self.hidden(inputs["x"], self.offset(inputs["doses"]), self.covariates_of(inputs))
+        mean, sd = self.basal(h)
+
+        def draw(noise: Tensor) -> Tensor:
+            # one draw a cell at a time: matrix products of another shape may differ in the last digits
+            draws = [flow(mean, sd, one, h)[0] for one in noise.reshape(-1, *mean.shape)]
+            return torch.stack(draws).view(noise.shape)
+
+        return draw
+
+    def draw_latent(self, inputs: dict[str, Any], kind: str, noise: Tensor) -> Tensor:
+        """Return one draw of a kind of latent of each cell, with the expected shift, from given noise."""
+        if self.flow is None or kind == "perturbation":
+            return super().draw_latent(inputs, kind, noise)
+        basal = self.basal_sampler(inputs)(noise)
+        return basal if kind == "basal" else basal + self.offset(inputs["doses"])
 
     def offset(self, doses: Tensor) -> Tensor:
-        """Return the expected latent shift ``sum_t d_t E[m_t e_t]``, ``(cells, latents)``."""
-        return doses @ self.effects.expected()
+        """Return the expected latent shift ``sum_t h_t(d_t) E[m_t e_t]``, ``(cells, latents)``."""
+        return self.respond(doses) @ self.effects.expected()
 
     def draw_offset(self, components: Tensor, doses: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
-        """Return one posterior draw a cell of ``sum_t d_t m_t e_t``, ``(cells, latents)``."""
-        return (doses[:, None] * self.effects.draw(components, uniform, normal)).sum(1)
+        """Return one posterior draw a cell of ``sum_t h_t(d_t) m_t e_t``, ``(cells, latents)``."""
+        return (self.respond(doses, components)[:, None] * self.effects.draw(components, uniform, normal)).sum(1)
 
     @torch.no_grad()
     def rotate(self, rotation: Tensor) -> None:
@@ -127,7 +207,10 @@ class SAMSVAEModule(ShiftedLatentModule):
         """
         self.effects.rotate(rotation)
         self.decoder.mlp.rotate_input(0, rotation)
-        self.basal.rotate(rotation, self.encoder.at_zero())
+        if self.flow is None:
+            self.basal.rotate(rotation, self.encoder.at_zero())
+        else:
+            self.flow.rotate(rotation)
         self.encoder.rotate_input(1, rotation)
 
     def set_mask_cost(self, cost: float) -> None:
@@ -137,7 +220,8 @@ class SAMSVAEModule(ShiftedLatentModule):
     def global_parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters that belong to one gene or one perturbation, without the masks."""
         named, names = dict(self.effects.named_parameters()), ("loc", "log_sd", "factor", "identity.weight")
-        return [*super().global_parameters(), *(named[n] for n in names if n in named)]
+        curves = [] if self.hill is None else list(self.hill.parameters())
+        return [*super().global_parameters(), *(named[n] for n in names if n in named), *curves]
 
     def mask_parameters(self) -> list[torch.nn.Parameter]:
         """Return the log-odds of the masks."""
@@ -148,5 +232,6 @@ class SAMSVAEModule(ShiftedLatentModule):
         return self.effects.expected(), self.effects.inclusion
 
     def draw_globals(self, n_samples: int, generator: torch.Generator | None = None) -> EffectSample:
-        """Draw masks and effects."""
-        return self.effects.sample(n_samples, generator)
+        """Draw masks and effects; the dose response, a point estimate, adds its penalty to their KL."""
+        sample = self.effects.sample(n_samples, generator)
+        return sample if self.hill is None else replace(sample, kl=sample.kl + self.hill.penalty())

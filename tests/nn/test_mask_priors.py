@@ -170,6 +170,7 @@ def test_cost_of_an_open_mask_comes_on_top(shared: str | None) -> None:
         module = effects(shared)
         module.set_prior(module.base_logit - c)
         masks_kl(module).sum().backward()
+        assert module.mask_logits.grad is not None
         gradients.append(module.mask_logits.grad)
     p = module.inclusion.detach()
     torch.testing.assert_close(gradients[1] - gradients[0], p * (1 - p) * cost, rtol=1e-5, atol=1e-6)

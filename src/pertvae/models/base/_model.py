@@ -123,7 +123,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         Raises
         ------
         ValueError
-            If the split is not usable, or early stopping is asked for without validation cells.
+            If the split is not usable, ``max_epochs`` is below 1, or early stopping is asked for without validation
+            cells.
 
         Notes
         -----
@@ -170,7 +171,12 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             raise ValueError(
                 "early_stopping=True needs validation cells: label some cells 'valid' in the split column."
             )
+        if max_epochs < 1:
+            raise ValueError(f"max_epochs={max_epochs}: at least 1 is needed.")
         phases = self._training_phases()
+        max_steps = trainer_kwargs.get("max_steps", -1)
+        if len(phases) > 1 and max_steps > 0:  # the trainer of each phase counts from zero
+            max_epochs = min(max_epochs, math.ceil(max_steps / steps))
         epochs_of = divide_epochs(phases, max_epochs)
         if early_stopping:
             # every phase is validated: a metric that the first one lacks would be lost from the history

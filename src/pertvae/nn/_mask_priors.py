@@ -57,11 +57,11 @@ class BetaPrior:
         """Return the prior with a mean inclusion probability.
 
         ``"perturbation"``: ``Beta(1, 1 / mean - 1)`` (for a mean above one half its mirror image). The concentration
-        1 / mean is the largest spread for which the density is monotone and bounded; with a < 1 a perturbation that
-        has no open mask could hardly get its first one, because ``E[log pi]``, about -1 / a, is its price.
+        1 / mean is the smallest with a bounded density; with a < 1 a perturbation that has no open mask could hardly
+        get its first one, whose price is ``-E[log pi]``, about 1 / a nats.
 
-        ``"latent"``: ``Beta(a / L, 1)`` with ``a / L = mean / (1 - mean)``, the finite Indian buffet process. Here the
-        price of the first mask of a latent is meant: latents that no perturbation uses are pruned.
+        ``"latent"``: ``Beta(a / L, 1)`` with ``a / L = mean / (1 - mean)``, the finite Indian buffet process. Here
+        that price is meant: latents that no perturbation uses are pruned.
 
         Parameters
         ----------

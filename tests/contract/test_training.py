@@ -203,3 +203,9 @@ def test_sparse_tensors_give_the_same_weights(case):
     ours, theirs = (fit(case, screen(), load_sparse_tensor=flag) for flag in (False, True))
     for (name, value), other in zip(ours.module.state_dict().items(), theirs.module.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("max_epochs", [0, -1])
+def test_no_epochs(case, max_epochs):
+    with pytest.raises(ValueError, match=f"max_epochs={max_epochs}"):
+        fit(case, screen(), max_epochs=max_epochs)

@@ -9,7 +9,7 @@ from typing import Any
 __version__ = version("pertvae")
 
 # Loaded on first use: `import pertvae` alone stays quick, and the references work without importing torch.
-_CLASSES = dict.fromkeys(("SAMSVAE", "SVAEPlus", "ConditionalVAE"), "pertvae.models")
+_CLASSES = dict.fromkeys(("SAMSVAE", "CPAVAE", "SVAEPlus", "ConditionalVAE"), "pertvae.models")
 _MODULES = ("benchmark", "datasets", "metrics", "pl", "pp", "reference")
 
 __all__ = [*_CLASSES, *_MODULES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pertvae.models import SAMSVAE, ConditionalVAE, SVAEPlus
+from pertvae.models import CPAVAE, SAMSVAE, ConditionalVAE, SVAEPlus
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ SMALL = {"n_latent": 4, "n_hidden": 16}
 
 CASES = [
     Case(SAMSVAE, SMALL),
+    Case(CPAVAE, SMALL),
     Case(SVAEPlus, SMALL),
     Case(ConditionalVAE, SMALL),
 ]

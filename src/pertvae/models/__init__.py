@@ -1,5 +1,5 @@
 """Perturbation models."""
 
-from pertvae.models.samsvae import SAMSVAE, ConditionalVAE, SVAEPlus
+from pertvae.models.samsvae import CPAVAE, SAMSVAE, ConditionalVAE, SVAEPlus
 
-__all__ = ["SAMSVAE", "ConditionalVAE", "SVAEPlus"]
+__all__ = ["CPAVAE", "SAMSVAE", "ConditionalVAE", "SVAEPlus"]

@@ -108,7 +108,7 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         datasplitter_kwargs
             For :class:`~pertvae.data.PerturbationDataSplitter`, for example ``external_indexing``.
         plan_kwargs
-            For the training plan: ``lr`` (3e-4), ``global_lr`` (1e-2, of effects and the genes' bias and dispersion),
+            For the training plan: ``lr`` (1e-3), ``global_lr`` (1e-2, of effects and the genes' bias and dispersion),
             ``mask_lr`` (1e-1), ``weight_decay`` (1e-6), ``eps`` (1e-8), ``n_epochs_kl_warmup`` (``None``: full KL
             weight throughout), ...
         resume
@@ -188,14 +188,16 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             trainer_kwargs.setdefault("early_stopping_patience", max(5, math.ceil(PATIENCE_STEPS / (steps * between))))
         callbacks = list(trainer_kwargs.pop("callbacks", []))
         trained_before: bool = self.is_trained_  # type: ignore[has-type]
+        best: int | None = None
         try:
-            for phase, epochs in zip(phases, epochs_of, strict=True):
+            for phase, planned in zip(phases, epochs_of, strict=True):
                 if phase.begin is not None:
                     phase.begin()
+                epochs = phase.limit(planned, best)
                 if not epochs:
                     continue
                 may_stop = early_stopping and phase.may_stop
-                more = [KeepBest(trainer_kwargs["early_stopping_monitor"])] if may_stop else []
+                keep = [KeepBest(trainer_kwargs["early_stopping_monitor"])] if may_stop else []
                 self.module.train()  # getters and earlier fits leave it in evaluation mode
                 plan = self._training_plan_cls(self.module, manager=self.adata_manager, **(plan_kwargs or {}))
                 runner = self._train_runner_cls(
@@ -206,10 +208,12 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
                     accelerator=accelerator,
                     devices=devices,
                     early_stopping=may_stop,
-                    callbacks=[*callbacks, *phase.callbacks(epochs), *more],
+                    callbacks=[*callbacks, *phase.callbacks(epochs), *keep],
                     **trainer_kwargs,
                 )
                 runner()
+                if keep and keep[0].best_epoch is not None:
+                    best = keep[0].best_epoch + 1
         except BaseException:
             # a run that broke off may have ended before its last phase
             self.is_trained_ = trained_before

@@ -25,6 +25,9 @@ class Phase:
         Whether early stopping may end it and the best weights are put back.
     callbacks
         Called with the phase's epochs; returns further callbacks of the trainer.
+    of_best
+        At most so many times the epochs after which the phase before it was best. A phase that may not stop would
+        otherwise go on learning cells by heart where early stopping had ended that one.
     """
 
     name: str
@@ -32,6 +35,13 @@ class Phase:
     begin: Callable[[], None] | None = None
     may_stop: bool = True
     callbacks: Callable[[int], list[Any]] = field(default=lambda epochs: [])
+    of_best: float | None = None
+
+    def limit(self, planned: int, best: int | None) -> int:
+        """Return the epochs to run of those planned, given those after which an earlier phase was best."""
+        if self.of_best is None or best is None or not planned:
+            return planned
+        return min(planned, max(1, round(self.of_best * best)))
 
 
 def divide_epochs(phases: list[Phase], max_epochs: int) -> list[int]:

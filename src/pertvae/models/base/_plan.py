@@ -116,7 +116,7 @@ class PerturbationTrainingPlan(TrainingPlan):
         As in scvi-tools, with other defaults.
     global_lr
         Learning rate of parameters that belong to one perturbation or one gene (effects, decoder bias, dispersion):
-        each has few cells and far to go, so it is thirty times the others'.
+        each has few cells and far to go, so it is ten times the others'.
     mask_lr
         Learning rate of the masks' log-odds, which start at 0 and end several units away.
     **kwargs
@@ -128,7 +128,7 @@ class PerturbationTrainingPlan(TrainingPlan):
         module: PerturbationModule,
         *,
         manager: AnnDataManager | None = None,
-        lr: float = 3e-4,
+        lr: float = 1e-3,
         eps: float = 1e-8,
         weight_decay: float = 1e-6,
         n_epochs_kl_warmup: int | None = None,

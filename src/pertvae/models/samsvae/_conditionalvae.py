@@ -13,6 +13,7 @@ from scvi import REGISTRY_KEYS
 from pertvae.models.base import Capabilities, PerturbationModel
 from pertvae.models.base._access import dose_table, minibatches
 from pertvae.models.base._posterior_shifts import posterior_shifts
+from pertvae.models.samsvae._arguments import check_sizes
 from pertvae.models.samsvae._conditionalvae_module import ConditionalVAEModule
 
 
@@ -82,9 +83,7 @@ class ConditionalVAE(PerturbationModel):
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
     ) -> None:
         super().__init__(adata, registry)
-        for name, number in (("n_latent", n_latent), ("n_hidden", n_hidden), ("n_particles", n_particles)):
-            if number < 1:
-                raise ValueError(f"{name}={number}: at least 1 is needed.")
+        check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_particles=n_particles)
         self.module = ConditionalVAEModule(
             self._module_shape(gene_likelihood),
             n_latent=n_latent,

@@ -10,11 +10,13 @@ from mudata import MuData
 
 from pertvae.models.base import Capabilities, PerturbationModel
 from pertvae.models.base._phases import Phase
+from pertvae.models.samsvae._arguments import check_choices, check_objective, check_sizes
+from pertvae.models.samsvae._dose_response import DoseResponseMixin
 from pertvae.models.samsvae._module import SAMSVAEModule
 from pertvae.models.samsvae._sparsify import Sparsifier
 
 
-class SAMSVAE(PerturbationModel):
+class SAMSVAE(DoseResponseMixin, PerturbationModel):
     """Sparse additive mechanism shift variational autoencoder :cite:p:`Bereket23`.
 
     A cell's latent state is a basal state plus, for each perturbation it received, a sparse shift: a mask says which
@@ -123,36 +125,25 @@ class SAMSVAE(PerturbationModel):
         objective: Literal["elbo", "iwae"] = "elbo",
     ) -> None:
         super().__init__(adata, registry)
-        for name, value, accepted in (
-            ("embedding_inference", embedding_inference, ("mean_field", "correlated", "gated", "low_rank")),
-            ("basal_inference", basal_inference, ("mean_field", "correlated")),
-            ("mask_gradient", mask_gradient, ("gumbel", "identity")),
-            ("global_kl", global_kl, ("full", "plate")),
-            ("sparsify", sparsify, ("rotate", "published")),
-            ("mask_hyperprior", mask_hyperprior, (None, "perturbation", "latent")),
-            ("dose_response", dose_response, ("linear", "hill")),
-            ("basal_posterior", basal_posterior, ("gaussian", "flow")),
-            ("objective", objective, ("elbo", "iwae")),
-        ):
-            if value not in accepted:
-                raise ValueError(f"{name}={value!r} is not one of {list(accepted)}.")
+        check_choices(
+            {
+                "embedding_inference": (embedding_inference, ("mean_field", "correlated", "gated", "low_rank")),
+                "basal_inference": (basal_inference, ("mean_field", "correlated")),
+                "mask_gradient": (mask_gradient, ("gumbel", "identity")),
+                "global_kl": (global_kl, ("full", "plate")),
+                "sparsify": (sparsify, ("rotate", "published")),
+                "mask_hyperprior": (mask_hyperprior, (None, "perturbation", "latent")),
+                "dose_response": (dose_response, ("linear", "hill")),
+                "basal_posterior": (basal_posterior, ("gaussian", "flow")),
+                "objective": (objective, ("elbo", "iwae")),
+            }
+        )
         if not 0 < mask_prior < 1:
             raise ValueError(f"mask_prior={mask_prior} is not a probability strictly between 0 and 1.")
         if effect_prior_scale <= 0:
             raise ValueError(f"effect_prior_scale={effect_prior_scale} is not positive.")
-        for name, number in (
-            ("n_latent", n_latent),
-            ("n_hidden", n_hidden),
-            ("n_particles", n_particles),
-            ("embedding_rank", embedding_rank),
-        ):
-            if number < 1:
-                raise ValueError(f"{name}={number}: at least 1 is needed.")
-        if objective == "iwae" and n_particles < 2:
-            raise ValueError(
-                f"objective='iwae' weighs several draws of a cell, but n_particles={n_particles}: pass n_particles=5, "
-                "say, or objective='elbo'."
-            )
+        check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_particles=n_particles, embedding_rank=embedding_rank)
+        check_objective(objective, n_particles)
         self.module = SAMSVAEModule(
             self._module_shape(gene_likelihood),
             n_latent=n_latent,
@@ -202,26 +193,3 @@ class SAMSVAE(PerturbationModel):
         inclusion = self.module.program_tables()[1].detach().cpu().numpy()
         names = [f"program_{k}" for k in range(inclusion.shape[1])]
         return pd.DataFrame(inclusion, index=self.perturbation_names, columns=names)
-
-    def get_dose_response(self) -> pd.DataFrame:
-        """Return the learned dose response of each perturbation.
-
-        Returns
-        -------
-        DataFrame, one row a perturbation: ``slope`` (k), ``midpoint`` (the dose at which the curve reaches half of its
-        plateau, in the units of the registered doses) and ``largest_dose`` (the dose whose shift is the effect in
-        the programs). Point estimates.
-
-        Raises
-        ------
-        ValueError
-            If the model was not made with ``dose_response="hill"``.
-        RuntimeError
-            If the model is not trained.
-        """
-        self._check_if_trained(warn=False)
-        if self.module.hill is None:
-            raise ValueError("The dose acts linearly: make the model with dose_response='hill' to learn its response.")
-        return pd.DataFrame(
-            {k: v.detach().cpu().numpy() for k, v in self.module.hill.curves().items()}, index=self.perturbation_names
-        )

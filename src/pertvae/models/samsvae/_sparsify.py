@@ -88,6 +88,7 @@ class Sparsifier:
                 share,
                 begin[name],
                 may_stop=name not in cost,
+                of_best=share / SHARES["dense"] if name in cost else None,
                 callbacks=lambda epochs, name=name: callbacks(name, epochs),  # type: ignore[misc]
             )
             for name, share in SHARES.items()

@@ -15,6 +15,7 @@ from pertvae._constants import PERTURBATION_REGISTRY_KEY
 from pertvae._labels import hint
 from pertvae.models.base import Capabilities, PerturbationModel, PerturbationTrainingPlan
 from pertvae.models.base._requests import Request
+from pertvae.models.samsvae._arguments import check_choices, check_sizes
 from pertvae.models.samsvae._svaeplus_module import SVAEPlusModule
 
 # ours, and the two published implementations where they differ
@@ -184,8 +185,7 @@ class SVAEPlus(PerturbationModel):
         conditions: Sequence[str] | None = None,
     ) -> None:
         super().__init__(adata, registry)
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is not one of {list(VARIANTS)}.")
+        check_choices({"variant": (variant, tuple(VARIANTS))})
         given = {
             "mask_prior": mask_prior,
             "mask_gradient": mask_gradient,
@@ -195,21 +195,19 @@ class SVAEPlus(PerturbationModel):
             "global_kl": global_kl,
         }
         chosen = VARIANTS[variant] | {k: v for k, v in given.items() if v is not None}
-        for name, value, accepted in (
-            ("combinations", combinations, ("sum", "unique")),
-            ("mask_gradient", chosen["mask_gradient"], ("gumbel", "identity")),
-            ("mask_draws", chosen["mask_draws"], ("component", "cell")),
-            ("global_kl", chosen["global_kl"], ("full", "plate")),
-        ):
-            if value not in accepted:
-                raise ValueError(f"{name}={value!r} is not one of {list(accepted)}.")
+        check_choices(
+            {
+                "combinations": (combinations, ("sum", "unique")),
+                "mask_gradient": (chosen["mask_gradient"], ("gumbel", "identity")),
+                "mask_draws": (chosen["mask_draws"], ("component", "cell")),
+                "global_kl": (chosen["global_kl"], ("full", "plate")),
+            }
+        )
         if not 0 < chosen["mask_prior"] <= 0.5:
             raise ValueError(f"mask_prior={mask_prior} is not above 0 and at most 0.5, where the prior is flat.")
         if chosen["effect_start"] < 0:
             raise ValueError(f"effect_start={effect_start} is negative.")
-        for name, number in (("n_latent", n_latent), ("n_hidden", n_hidden), ("n_particles", n_particles)):
-            if number < 1:
-                raise ValueError(f"{name}={number}: at least 1 is needed.")
+        check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_particles=n_particles)
         if conditions is not None and combinations == "sum":
             raise ValueError("conditions=... needs combinations='unique': with 'sum' effects belong to components.")
         if combinations == "unique":

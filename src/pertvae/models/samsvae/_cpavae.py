@@ -1,0 +1,169 @@
+"""CPA-VAE: SAMS-VAE without masks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from anndata import AnnData
+from mudata import MuData
+from torch import Tensor
+
+from pertvae.models.base import Capabilities, ModuleShape, PerturbationModel
+from pertvae.models.samsvae._arguments import check_choices, check_objective, check_sizes
+from pertvae.models.samsvae._dose_response import DoseResponseMixin
+from pertvae.models.samsvae._module import SAMSVAEModule
+
+
+class CPAVAEModule(SAMSVAEModule):
+    """Module of CPA-VAE: that of SAMS-VAE with all masks held open.
+
+    ``e ~ N(0, effect_prior_scale^2)``, ``z_basal ~ N(0, I)``, ``z = z_basal + sum_t d_t e_t``.
+
+    Parameters
+    ----------
+    shape
+        Sizes of the registered data.
+    effect_threshold
+        Size of an effect that counts in the inclusion probability.
+    **kwargs
+        See :class:`~pertvae.models.samsvae._module.SAMSVAEModule`.
+    """
+
+    def __init__(self, shape: ModuleShape, *, effect_threshold: float, **kwargs: Any) -> None:
+        super().__init__(shape, mask_prior=0.5, **kwargs)
+        self.effect_threshold = effect_threshold
+        self.effects.open = True
+        self.effects.mask_logits.requires_grad_(False)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return nothing: there are no masks."""
+        return {}
+
+    def mask_parameters(self) -> list[torch.nn.Parameter]:
+        """Return nothing: there are no masks."""
+        return []
+
+    def program_tables(self) -> tuple[Tensor, Tensor]:
+        """Return ``E[e]`` and the posterior probability that an effect is larger than the threshold."""
+        mean, sd = self.effects.posterior(torch.ones_like(self.effects.mask_logits))
+        normal = torch.distributions.Normal(0.0, 1.0, validate_args=False)
+        above = normal.cdf((mean - self.effect_threshold) / sd) + normal.cdf((-mean - self.effect_threshold) / sd)
+        return mean, above
+
+
+class CPAVAE(DoseResponseMixin, PerturbationModel):
+    """SAMS-VAE without masks, the "CPA-VAE" of :cite:t:`Bereket23`.
+
+    A cell's latent state is a basal state plus, for each perturbation it received, a dense shift. Of the compositional
+    perturbation autoencoder (CPA) it shares the addition in latent space, and neither the adversary nor the networks
+    of doses and covariates.
+
+    Parameters
+    ----------
+    adata
+        Registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
+    registry
+        A registration without data (for datamodules and loading).
+    n_latent, n_hidden, n_layers, n_particles, gene_likelihood
+        As in :class:`~pertvae.SAMSVAE`.
+    effect_prior_scale
+        Prior standard deviation of effects, in units of the basal state's prior standard deviation.
+    embedding_inference
+        Posterior of the effects: ``"mean_field"`` (published) or ``"low_rank"``.
+    basal_inference
+        ``"correlated"``: the posterior of the basal state also reads the cell's shift. ``"mean_field"``: expression
+        only.
+    global_kl
+        ``"full"`` or ``"plate"`` (published); see :class:`~pertvae.models.samsvae._module.SAMSVAEModule`.
+    embedding_rank
+        Rank of the covariance of ``embedding_inference="low_rank"``.
+    effect_threshold
+        An effect counts in ``inclusion`` with its posterior probability of being larger than this, in units of the
+        basal state's prior standard deviation.
+    dose_response, basal_posterior, objective
+        As in :class:`~pertvae.SAMSVAE`.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not accepted, or the data were registered as real values and the likelihood needs counts.
+
+    Examples
+    --------
+    >>> import pertvae as pv
+    >>> adata = pv.datasets.example()
+    >>> pv.CPAVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+    >>> model = pv.CPAVAE(adata)
+    >>> model.train()
+    >>> predicted = model.predict_perturbation(["P001+P002"])
+    """
+
+    _module_cls = CPAVAEModule
+    capabilities = Capabilities(
+        basal=("control", "prior"),
+        latent_kinds=("full", "basal", "perturbation"),
+        credible_effects=True,
+        marginal_ll=True,
+        program="latent dimension; effect = posterior mean",
+        inclusion="posterior probability that the effect is larger than effect_threshold",
+    )
+
+    def __init__(
+        self,
+        adata: AnnData | MuData | None = None,
+        registry: dict | None = None,
+        n_latent: int = 32,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_particles: int = 1,
+        gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
+        effect_prior_scale: float = 1.0,
+        embedding_inference: Literal["mean_field", "low_rank"] = "mean_field",
+        basal_inference: Literal["mean_field", "correlated"] = "correlated",
+        global_kl: Literal["full", "plate"] = "full",
+        embedding_rank: int = 4,
+        effect_threshold: float = 0.5,
+        dose_response: Literal["linear", "hill"] = "linear",
+        basal_posterior: Literal["gaussian", "flow"] = "gaussian",
+        objective: Literal["elbo", "iwae"] = "elbo",
+    ) -> None:
+        super().__init__(adata, registry)
+        check_choices(
+            {
+                "embedding_inference": (embedding_inference, ("mean_field", "low_rank")),
+                "basal_inference": (basal_inference, ("mean_field", "correlated")),
+                "global_kl": (global_kl, ("full", "plate")),
+                "dose_response": (dose_response, ("linear", "hill")),
+                "basal_posterior": (basal_posterior, ("gaussian", "flow")),
+                "objective": (objective, ("elbo", "iwae")),
+            }
+        )
+        if effect_prior_scale <= 0:
+            raise ValueError(f"effect_prior_scale={effect_prior_scale} is not positive.")
+        if effect_threshold < 0:
+            raise ValueError(f"effect_threshold={effect_threshold} is negative.")
+        check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_particles=n_particles, embedding_rank=embedding_rank)
+        check_objective(objective, n_particles)
+        self.module = CPAVAEModule(
+            self._module_shape(gene_likelihood),
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            n_particles=n_particles,
+            gene_likelihood=gene_likelihood,
+            effect_prior_scale=effect_prior_scale,
+            embedding_inference=embedding_inference,
+            basal_inference=basal_inference,
+            global_kl=global_kl,
+            embedding_rank=embedding_rank,
+            effect_threshold=effect_threshold,
+            dose_response=dose_response,
+            basal_posterior=basal_posterior,
+            objective=objective,
+        )
+        self._model_summary_string = (
+            f"CPAVAE: {n_latent} latents, {self.module.shape.n_components} perturbations, "
+            f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood."
+        )
+        self.init_params_ = self._get_init_params(locals())

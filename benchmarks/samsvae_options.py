@@ -238,7 +238,7 @@ def summarise(path: Path) -> None:
         lines = {}
         for config, fits in rows.groupby("config", sort=False):
             fits = fits.set_index("seed")
-            line = {"seeds": len(fits)}
+            line: dict[str, Any] = {"seeds": len(fits)}
             for name in ("iwelbo", "iwelbo_doubles", "effect_l2"):
                 difference = (fits[name] - default[name]).dropna()
                 if len(difference):

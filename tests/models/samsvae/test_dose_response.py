@@ -212,7 +212,7 @@ def test_negative_doses_raise_and_no_dose_is_control(model_of: Callable, quiet: 
 def test_save_and_load(model_of: Callable, quiet: dict, dosed: AnnData, tmp_path: Path) -> None:
     model = trained(model_of, quiet, dosed)
     model.save(tmp_path / "model")
-    again = pv.SAMSVAE.load(str(tmp_path / "model"), model.adata, device="cpu")
+    again = pv.SAMSVAE.load(str(tmp_path / "model"), model.adata, accelerator="cpu")
     assert again.module.hill is not None
     pd.testing.assert_frame_equal(again.get_dose_response(), model.get_dose_response())
     rows = pd.DataFrame({model.perturbation_names[0]: [0.3]}, index=["some"])

@@ -12,7 +12,7 @@ def phases(*shares: float) -> list[Phase]:
     return [Phase(str(i), share) for i, share in enumerate(shares)]
 
 
-@pytest.mark.parametrize("shares", [(1.0,), tuple(SHARES.values()), (1, 1, 1), (0.99, 0.01), (3, 0, 1)])
+@pytest.mark.parametrize("shares", [(1.0,), tuple(SHARES.values()), (1, 1, 1), (0.99, 0.01), (3, 0, 1), (1, 1, 0)])
 def test_epochs_add_up(shares: tuple[float, ...]) -> None:
     for max_epochs in (*range(1, 30), 100, 999, 1000):
         epochs = divide_epochs(phases(*shares), max_epochs)
@@ -33,3 +33,14 @@ def test_epochs_of_samsvae(max_epochs: int, expected: list[int]) -> None:
 
 def test_shares_need_no_unit_sum() -> None:
     assert divide_epochs(phases(2, 1, 1), 8) == [4, 2, 2]
+
+
+def test_sums_of_shares_are_not_rounded_down() -> None:
+    assert divide_epochs(phases(*[0.1] * 10), 10) == [1] * 10
+
+
+def test_epochs_after_the_best() -> None:
+    free, bound = Phase("a"), Phase("b", of_best=0.5)
+    assert [free.limit(9, best) for best in (None, 1, 100)] == [9, 9, 9]
+    assert [bound.limit(9, best) for best in (None, 1, 2, 10, 18, 100)] == [9, 1, 1, 5, 9, 9]
+    assert bound.limit(0, 10) == 0

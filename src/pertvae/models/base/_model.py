@@ -174,7 +174,7 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         if max_epochs < 1:
             raise ValueError(f"max_epochs={max_epochs}: at least 1 is needed.")
         phases = self._training_phases()
-        max_steps = trainer_kwargs.get("max_steps", -1)
+        max_steps = trainer_kwargs.get("max_steps") or -1
         if len(phases) > 1 and max_steps > 0:  # the trainer of each phase counts from zero
             max_epochs = min(max_epochs, math.ceil(max_steps / steps))
         epochs_of = divide_epochs(phases, max_epochs)

@@ -1,0 +1,97 @@
+"""Training with a rotation finds the true masks of simulated screens, and the published training does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from anndata import AnnData
+
+import pertvae as pv
+
+QUIET: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+
+
+def counts_screen() -> AnnData:
+    """30 perturbations of 100 cells, 200 genes, 6 latents."""
+    return pv.datasets.simulate_screen(
+        n_genes=200,
+        n_perturbations=30,
+        n_doubles=0,
+        cells_per_perturbation=100,
+        n_controls=300,
+        n_latent=6,
+        n_batches=1,
+        n_oracle=10,
+        library_size=5000.0,
+        decoder_sd=0.5,
+    )
+
+
+def authors_screen() -> AnnData:
+    """40 perturbations of 100 training cells, 60 real values, 8 latents."""
+    return pv.datasets.simulate_screen(
+        "samsvae_authors",
+        seed=1,
+        n_latent=8,
+        n_perturbations=40,
+        n_genes=60,
+        cells_per_split=(100, 20, 20),
+        n_controls=100,
+    )
+
+
+SCREENS = {"counts": counts_screen, "authors": authors_screen}
+
+
+def fitted(adata: AnnData, max_epochs: int, **settings: Any) -> pv.SAMSVAE:
+    counts = "split" not in adata.obs
+    pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control", is_count_data=counts)
+    arguments = {"n_hidden": 64} | ({} if counts else {"gene_likelihood": "normal", "effect_prior_scale": 5.0})
+    model = pv.SAMSVAE(adata, **(arguments | settings))
+    model.train(max_epochs=max_epochs, batch_size=128, split_key=None if counts else "split", **QUIET)
+    return model
+
+
+def f1(model: pv.SAMSVAE) -> float:
+    return pv.metrics.mask_f1(model.get_masks(), pv.datasets.read_truth(model.adata).mask).f1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("screen", SCREENS)
+def test_masks_of_small_screens(screen: str) -> None:
+    adata = SCREENS[screen]()
+    n_latent = pv.datasets.read_truth(adata).mask.shape[1]
+    assert f1(fitted(adata, 100, n_latent=n_latent)) >= 0.85
+
+
+@pytest.mark.slow
+def test_published_training_does_not_find_them() -> None:
+    assert f1(fitted(authors_screen(), 60, n_latent=8, sparsify="published")) < 0.6
+
+
+@pytest.mark.slow
+def test_latents_to_spare_stay_empty() -> None:
+    adata = counts_screen()
+    model = fitted(adata, 100, n_latent=10)
+    assert f1(model) >= 0.85
+    assert ((model.get_masks() > 0.5).sum() <= 1).sum() >= 3
+
+
+@pytest.mark.slow
+def test_simulation_of_the_authors() -> None:
+    """Full size, 150 cells a treatment: true masks, and a basal encoder that reads the shift fits better."""
+    adata = pv.datasets.simulate_screen("samsvae_authors", seed=0, cells_per_split=(150, 20, 20), n_controls=150)
+    pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control", is_count_data=False)
+    test = np.flatnonzero((adata.obs["split"] == "test").to_numpy())
+    models, fit = {}, {}
+    for basal in ("correlated", "mean_field"):
+        model = pv.SAMSVAE(
+            adata, n_latent=15, gene_likelihood="normal", effect_prior_scale=5.0, basal_inference=basal
+        )  # type: ignore[arg-type]  # fmt: skip
+        model.train(max_epochs=220, split_key="split", **QUIET)
+        models[basal], fit[basal] = model, float(model.get_marginal_ll(indices=test))
+    print({k: round(f1(m), 3) for k, m in models.items()}, fit)
+    assert f1(models["correlated"]) >= 0.9
+    assert fit["correlated"] >= fit["mean_field"] + 3

@@ -149,6 +149,9 @@ def test_particles_share_one_draw_of_masks_and_effects(tensors: dict) -> None:
     # draws that a getter asks for are draws of everything
     assert model.inference(**inputs, n_samples=3)["globals"].effect.shape[0] == 3
     assert model.inference(**inputs, n_samples=1)["z"].shape == (N, LATENT)
+    # an importance weight belongs to a draw of everything
+    for n in (1, 3):
+        assert model.log_weights(tensors, model.draw_globals(n), torch.Generator()).shape == (n, N)
 
 
 @pytest.mark.parametrize("posterior", ["gaussian", "flow"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
 import platform
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,3 +64,70 @@ def write_results(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path}")
+
+
+class ResumableTable:
+    """A CSV that a study appends to fit by fit, and goes on from after a stop.
+
+    Parameters
+    ----------
+    path
+        The file; made with its header if absent. An unfinished last row is removed.
+    columns
+        All columns, ``settings`` among them.
+    fit
+        Columns that name a fit.
+    settings
+        What all fits have in common; a file with other settings is refused.
+    rows_per_fit
+        Rows of a finished fit of each ``kind``, a column then; fits with fewer are removed. ``None``: one row.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str],
+        fit: Sequence[str],
+        settings: str,
+        rows_per_fit: Mapping[str, int] | None = None,
+    ) -> None:
+        self.path, self.columns, self.fit, self.settings = path, list(columns), list(fit), settings
+        self.done: set[tuple] = set()
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(",".join(columns) + "\n")
+            return
+        text = path.read_text()
+        if not text.endswith("\n"):
+            path.write_text(text[: text.rfind("\n") + 1])
+        table = pd.read_csv(path)
+        other = set(table["settings"]) - {settings}
+        if other:
+            raise SystemExit(
+                f"{path} holds fits of other settings ({other.pop()}; now {settings}): pass another --out."
+            )
+        if rows_per_fit is not None:
+            whole = table.groupby(self.fit)[self.fit[0]].transform("size") >= table["kind"].map(rows_per_fit)
+            if not whole.all():
+                table = table[whole]
+                table.to_csv(path, index=False, lineterminator="\n")
+        self.done = set(table[self.fit].itertuples(index=False, name=None))
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append the rows of a fit in one write."""
+        versions = " ".join(f"{p}={version(p)}" for p in ("pertvae", "scvi-tools", "torch"))
+        whole = [
+            {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+            | {"settings": self.settings, "versions": versions}
+            for row in rows
+        ]
+        with self.path.open("a", newline="") as file:
+            file.write(pd.DataFrame(whole)[self.columns].to_csv(header=False, index=False, lineterminator="\n"))
+
+
+def quiet(threads: int) -> None:
+    """Use so many threads, and keep training silent."""
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
+    for logger in ("scvi", "lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)

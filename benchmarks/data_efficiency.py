@@ -23,11 +23,8 @@ effects of the simulation (``_truth``) and against the test cells and validation
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
-import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import pandas as pd
 import scvi
-import torch
-from _common import RESULTS
+from _common import RESULTS, ResumableTable, quiet
 from anndata import AnnData
 
 import pertvae as pv
@@ -66,6 +62,8 @@ SIZES: dict[str, Any] = {
 }
 TINY = SIZES | {"n_genes": 40, "n_perturbations": 6, "n_doubles": 8, "n_controls": 60, "n_latent": 3}
 TINY |= {"cells_per_perturbation": 20, "cells_per_double": 20, "n_oracle": 200}
+ROWS = {"model": 6, "reference": 5}
+"""Scores of a finished fit."""
 FIT = ["protocol", "train_fraction", "model", "seed"]
 COLUMNS = [*FIT, "kind", "metric", "value", "n_train_cells", "n_train_combinations", "seconds", "settings", "versions"]
 
@@ -138,26 +136,6 @@ def run_reference(name: str, work: AnnData, tested: list[str], truth: Any, args:
     return effect_scores(predicted, work, tested, truth)
 
 
-def finished(path: Path, settings: str) -> set[tuple]:
-    """Return the fits in a CSV; a row that a killed run left unfinished is removed."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(",".join(COLUMNS) + "\n")
-        return set()
-    text = path.read_text()
-    if not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])
-    table = pd.read_csv(path)
-    other = set(table["settings"]) - {settings}
-    if other:
-        raise SystemExit(f"{path} holds fits of other settings ({other.pop()}; now {settings}): pass another --out.")
-    wanted = {"model": 6, "reference": 5}
-    complete = {key: g for key, g in table.groupby(FIT) if len(g) == wanted[g["kind"].iloc[0]]}
-    if len(complete) < table.groupby(FIT).ngroups:
-        pd.concat([table.iloc[:0], *complete.values()])[COLUMNS].to_csv(path, index=False, lineterminator="\n")
-    return set(complete)
-
-
 def summarise(path: Path, figures: Path | None) -> None:
     """Print means and standard deviations over seeds; likelihoods beside the first model's at fraction 0."""
     table = pd.read_csv(path)
@@ -205,24 +183,20 @@ def main() -> None:
     if args.tiny:
         args.max_epochs, args.n_mc_samples, args.n_cells = args.max_epochs or 2, 5, 50
 
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore")
-    for logger in ("scvi", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    quiet(args.threads)
     sizes = TINY if args.tiny else SIZES
     screen = pv.datasets.simulate_screen("sparse_additive", seed=0, **sizes)
     truth = pv.datasets.read_truth(screen)
     screen.obs[KEY] = screen.obs[KEY].astype(str)
     shape = " ".join(f"{k}={v}" for k, v in sizes.items())
     settings = f"{shape} max_epochs={args.max_epochs} n_mc_samples={args.n_mc_samples} n_cells={args.n_cells}"
-    versions = " ".join(f"{p}={version(p)}" for p in ("pertvae", "scvi-tools", "torch"))
-    done = finished(args.out, settings)
+    table = ResumableTable(args.out, COLUMNS, FIT, settings, ROWS)
     for seed in args.seeds:
         for protocol in args.protocols:
             for fraction in args.fractions:
                 split, tested = split_cells(screen.obs[KEY], protocol, fraction, seed)
                 for name in (*args.references, *args.models):
-                    if (protocol, fraction, name, seed) in done:
+                    if (protocol, fraction, name, seed) in table.done:
                         continue
                     work = screen[split.notna().to_numpy()].copy()
                     del work.uns["truth"]
@@ -242,12 +216,8 @@ def main() -> None:
                         "n_train_cells": len(trained),
                         "n_train_combinations": trained[trained.str.contains("+", regex=False)].nunique(),
                         "seconds": round(time.perf_counter() - start, 1),
-                        "settings": settings,
-                        "versions": versions,
                     }
-                    rows = [{**fit, "metric": m, "value": round(v, 5)} for m, v in scores.items()]
-                    with args.out.open("a", newline="") as file:  # all scores of a fit in one write
-                        file.write(pd.DataFrame(rows)[COLUMNS].to_csv(header=False, index=False, lineterminator="\n"))
+                    table.add([{**fit, "metric": m, "value": v} for m, v in scores.items()])
                     shown = "  ".join(
                         f"{m} {scores[m]:.3f}" for m in ("iwelbo", "ate_correlation_truth") if m in scores
                     )

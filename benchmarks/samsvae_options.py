@@ -23,11 +23,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import logging
 import sys
 import time
-import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import pandas as pd
 import scvi
-import torch
-from _common import RESULTS
+from _common import RESULTS, ResumableTable, quiet
 from anndata import AnnData
 from speed import EpochTimer
 
@@ -214,22 +210,6 @@ def fit(screen: AnnData, arguments: dict[str, Any], seed: int, args: argparse.Na
 # ---------------------------------------------------------------- the table
 
 
-def finished(path: Path, settings: str) -> set[tuple]:
-    """Return the fits in a CSV; a row that a killed run left unfinished is removed."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(",".join(COLUMNS) + "\n")
-        return set()
-    text = path.read_text()
-    if not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])
-    table = pd.read_csv(path)
-    other = set(table["settings"]) - {settings}
-    if other:
-        raise SystemExit(f"{path} holds fits of other settings ({other.pop()}; now {settings}): pass another --out.")
-    return set(table[FIT].itertuples(index=False, name=None))
-
-
 def summarise(path: Path) -> None:
     """Print means over seeds, IWELBO as the difference to the defaults on the same seeds, with its standard error."""
     table = pd.read_csv(path)
@@ -276,10 +256,7 @@ def main() -> None:
     if args.tiny:
         args.max_epochs, args.n_mc_samples, args.n_cells = 10, 5, 50
 
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore")
-    for logger in ("scvi", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    quiet(args.threads)
     sizes = TINY if args.tiny else SCREENS
     settings = json.dumps(
         {
@@ -288,8 +265,7 @@ def main() -> None:
             "screens": sizes,
         }
     )
-    versions = " ".join(f"{p}={version(p)}" for p in ("pertvae", "scvi-tools", "torch"))
-    done = finished(args.out, settings)
+    table = ResumableTable(args.out, COLUMNS, FIT, settings)
     for config in args.configs:
         reason = accepted(CONFIGS[config])
         if reason is not None:
@@ -299,18 +275,11 @@ def main() -> None:
         for name in args.screens:
             screen = pv.datasets.simulate_screen(seed=seed, **sizes[name])
             for config in args.configs:
-                if (name, config, seed) in done:
+                if (name, config, seed) in table.done:
                     continue
                 scores = fit(screen, CONFIGS[config], seed, args)
-                row = {
-                    **dict(zip(FIT, (name, config, seed), strict=True)),
-                    **{k: round(v, 5) if isinstance(v, float) else v for k, v in scores.items()},
-                    "arguments": json.dumps(CONFIGS[config]),
-                    "settings": settings,
-                    "versions": versions,
-                }
-                with args.out.open("a", newline="") as file:  # a fit in one write
-                    file.write(pd.DataFrame([row])[COLUMNS].to_csv(header=False, index=False, lineterminator="\n"))
+                row = dict(zip(FIT, (name, config, seed), strict=True)) | {"arguments": json.dumps(CONFIGS[config])}
+                table.add([row | scores])
                 print(
                     f"seed {seed} {name} {config}: iwelbo {scores['iwelbo']:.3f}  f1 {scores['mask_f1']:.2f}  "
                     f"l2 {scores['effect_l2']:.3f}  ({scores['train_seconds']:.0f} s)",

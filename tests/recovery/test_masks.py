@@ -63,7 +63,7 @@ def f1(model: pv.SAMSVAE) -> float:
 def test_masks_of_small_screens(screen: str) -> None:
     adata = SCREENS[screen]()
     n_latent = pv.datasets.read_truth(adata).mask.shape[1]
-    assert f1(fitted(adata, 100, n_latent=n_latent)) >= 0.85
+    assert f1(fitted(adata, {"counts": 100, "authors": 250}[screen], n_latent=n_latent)) >= 0.85
 
 
 @pytest.mark.slow
@@ -85,13 +85,10 @@ def test_simulation_of_the_authors() -> None:
     adata = pv.datasets.simulate_screen("samsvae_authors", seed=0, cells_per_split=(150, 20, 20), n_controls=150)
     pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control", is_count_data=False)
     test = np.flatnonzero((adata.obs["split"] == "test").to_numpy())
-    models, fit = {}, {}
-    for basal in ("correlated", "mean_field"):
-        model = pv.SAMSVAE(
-            adata, n_latent=15, gene_likelihood="normal", effect_prior_scale=5.0, basal_inference=basal
-        )  # type: ignore[arg-type]  # fmt: skip
-        model.train(max_epochs=220, split_key="split", **QUIET)
-        models[basal], fit[basal] = model, float(model.get_marginal_ll(indices=test))
-    print({k: round(f1(m), 3) for k, m in models.items()}, fit)
-    assert f1(models["correlated"]) >= 0.9
+    found, fit = {}, {}
+    for basal, max_epochs in (("correlated", None), ("mean_field", 150)):  # the latter gains nothing beyond
+        model = pv.SAMSVAE(adata, n_latent=15, gene_likelihood="normal", basal_inference=basal)  # type: ignore[arg-type]
+        model.train(max_epochs=max_epochs, split_key="split", **QUIET)
+        found[basal], fit[basal] = f1(model), float(model.get_marginal_ll(indices=test))
+    assert found["correlated"] >= 0.9
     assert fit["correlated"] >= fit["mean_field"] + 3

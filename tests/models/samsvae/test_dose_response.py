@@ -175,7 +175,7 @@ def test_predictions_and_effects_follow_the_curve(model_of: Callable, quiet: dic
     dose = 1.0  # half of the largest: h = (1/8) (9/8) / (1/4)
     share = 0.5625
     rows = pd.DataFrame({name: [dose, 2.0 * share, 2.0, 3.0]}, index=["part", "other", "full", "beyond"])
-    torch.testing.assert_close(m.offset(torch.eye(8)[2:3] * dose)[0], share * m.effects.expected()[2])
+    torch.testing.assert_close(m.offset(torch.eye(8)[2:3] * dose)[0], share * (m.effects.expected() + m.leak)[2])
     settings: dict[str, Any] = {"n_cells": 40, "output": "mean", "library_size": "observed", "key_added": None}
     predicted = model.predict_perturbation(rows, **settings)
     mean = pd.DataFrame(predicted.layers["mean"], index=predicted.obs["perturbation"].astype(str))

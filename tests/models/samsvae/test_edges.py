@@ -74,7 +74,7 @@ def test_unseen_combination_is_the_sum_of_its_components(
     predicted = model.predict_perturbation([unseen], n_cells=10)
     assert set(predicted.obs.loc[predicted.obs["generated"], "perturbation"]) == {unseen}
     a, b = (model.perturbation_names.index(c) for c in unseen.split("+"))
-    effects = model.get_perturbation_programs(key_added=None).effects.to_numpy()
+    effects = model.get_perturbation_programs(key_added=None).effects.to_numpy() + model.module.leak.numpy()
     doses = torch.zeros(1, 8)
     doses[0, [a, b]] = 1.0
     shift = model.module.offset(doses).detach().numpy()[0]

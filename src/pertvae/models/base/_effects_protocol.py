@@ -140,7 +140,8 @@ def _offsets(model: PerturbationModel, request: Request, n_samples: int, seed: i
         normal.append(stream.standard_normal(shape, dtype=np.float32))
     components, doses, _ = dose_tensors(model, request)
     noise = (torch.as_tensor(np.stack(parts, axis=1), device=model.device) for parts in (uniform, normal))
-    return module.draw_offset(components, doses, *noise)
+    # the paper draws masks and effects and corrects nothing
+    return module.draw_offset(components, doses, *noise) - module.leak_shift(components, doses)
 
 
 def _particle_covariates(model: PerturbationModel, n_samples: int, seed: int) -> torch.Tensor | None:

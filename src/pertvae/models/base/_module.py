@@ -344,6 +344,10 @@ class PerturbationModule(BaseModuleClass):
             Noise, ``(cells, components, latents)``.
         """
 
+    def leak_shift(self, components: Tensor, doses: Tensor) -> Tensor | float:
+        """Return the part of ``draw_offset`` that is no draw of the effects but a correction; none by default."""
+        return 0.0
+
     @abstractmethod
     def program_tables(self) -> tuple[Tensor, Tensor]:
         """Return effects and inclusion of the programs, both components x programs."""

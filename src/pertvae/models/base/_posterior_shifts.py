@@ -45,6 +45,41 @@ def posterior_shifts(
     seed
         Of the permutations.
     """
+    shift, variance, residual = least_squares_shifts(latent, doses, groups)
+    control = np.diff(doses.tocsr().indptr) == 0
+    cells = np.flatnonzero(control if control.sum() >= MIN_NULL_CELLS else np.ones(len(residual), dtype=bool))
+    rng = np.random.default_rng(seed)
+    if len(cells) > NULL_CONTROLS:
+        cells = np.sort(rng.choice(cells, NULL_CONTROLS, replace=False))
+    null = residual[cells] - residual[cells].mean(axis=0)
+    sd = null.std(axis=0, ddof=1) if len(cells) > 1 else np.zeros(residual.shape[1])
+    usable = sd > 1e-12
+    inclusion = np.zeros_like(shift)
+    if not usable.any():
+        return shift, inclusion
+    draws = np.sort(_null_draws(null[:, usable] / sd[usable], rng))
+    observed = np.abs(shift[:, usable]) / (sd[usable] * np.sqrt(variance)[:, None])
+    # share of draws at least as large, interpolated; never below one draw
+    rank = np.interp(observed, draws, np.arange(1, len(draws) + 1), left=0.0)
+    p = np.clip((len(draws) + 1 - rank) / (len(draws) + 1), None, 1.0)
+    inclusion[:, usable] = 1 - false_discovery_control(p, axis=None).reshape(p.shape)
+    return shift, inclusion
+
+
+def least_squares_shifts(
+    latent: np.ndarray, doses: sp.csr_matrix, groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fit ``latent = group mean + sum_t d_t shift_t`` by least squares.
+
+    Parameters
+    ----------
+    latent, doses, groups
+        See :func:`posterior_shifts`.
+
+    Returns
+    -------
+    Shifts, components x latents; their variance in units of a cell's, one a component; residuals, cells x latents.
+    """
     n_components = doses.shape[1]
     z, design = np.asarray(latent, dtype=np.float64), doses.astype(np.float64).tocsr()
     _, group = np.unique(groups, return_inverse=True)
@@ -66,25 +101,29 @@ def posterior_shifts(
         unit[rows, np.arange(n)] = 1.0
         variance[start : start + n] = solver.solve(unit)[rows, np.arange(n)]
 
-    residual = z - joint @ solution
-    control = np.diff(design.indptr) == 0
-    cells = np.flatnonzero(control if control.sum() >= MIN_NULL_CELLS else np.ones(len(z), dtype=bool))
-    rng = np.random.default_rng(seed)
-    if len(cells) > NULL_CONTROLS:
-        cells = np.sort(rng.choice(cells, NULL_CONTROLS, replace=False))
-    null = residual[cells] - residual[cells].mean(axis=0)
-    sd = null.std(axis=0, ddof=1) if len(cells) > 1 else np.zeros(z.shape[1])
+    return shift, variance, z - joint @ solution
+
+
+def shrunken_shifts(latent: np.ndarray, doses: sp.csr_matrix, groups: np.ndarray) -> np.ndarray:
+    """Return least-squares shifts, each component's shrunken to zero by its noise, components x latents.
+
+    The positive-part James-Stein factor ``1 - (L - 2) / sum_l (shift_l / error_l)^2``, at least 0, with L latents: a
+    perturbation whose shift is within its noise gets none.
+
+    Parameters
+    ----------
+    latent, doses, groups
+        See :func:`posterior_shifts`.
+    """
+    shift, variance, residual = least_squares_shifts(latent, doses, groups)
+    freedom = max(len(residual) - shift.shape[0] - len(np.unique(groups)), 1)
+    sd = np.sqrt((residual**2).sum(axis=0) / freedom)
     usable = sd > 1e-12
-    inclusion = np.zeros_like(shift)
-    if not usable.any():
-        return shift, inclusion
-    draws = np.sort(_null_draws(null[:, usable] / sd[usable], rng))
-    observed = np.abs(shift[:, usable]) / (sd[usable] * np.sqrt(variance)[:, None])
-    # share of draws at least as large, interpolated; never below one draw
-    rank = np.interp(observed, draws, np.arange(1, len(draws) + 1), left=0.0)
-    p = np.clip((len(draws) + 1 - rank) / (len(draws) + 1), None, 1.0)
-    inclusion[:, usable] = 1 - false_discovery_control(p, axis=None).reshape(p.shape)
-    return shift, inclusion
+    error = sd[usable] * np.sqrt(variance)[:, None]
+    signal = ((shift[:, usable] / np.maximum(error, 1e-12)) ** 2).sum(axis=1)
+    factor = np.clip(1 - max(usable.sum() - 2, 1) / np.maximum(signal, 1e-12), 0.0, None)
+    seen = np.asarray((doses != 0).sum(axis=0)).ravel() > 0
+    return np.where(usable, shift, 0.0) * (factor * seen)[:, None]
 
 
 def _null_draws(null: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
 from anndata import AnnData
 from mudata import MuData
-from scvi import REGISTRY_KEYS
 
 from pertvae.models.base import Capabilities, PerturbationModel
-from pertvae.models.base._access import dose_table, minibatches
 from pertvae.models.base._posterior_shifts import posterior_shifts
 from pertvae.models.samsvae._arguments import check_sizes
 from pertvae.models.samsvae._conditionalvae_module import ConditionalVAEModule
+from pertvae.models.samsvae._leak import training_posteriors
 
 
 class ConditionalVAE(PerturbationModel):
@@ -101,18 +99,7 @@ class ConditionalVAE(PerturbationModel):
     @torch.inference_mode()
     def _after_training(self) -> None:
         """Compute the shifts of the posterior means of the training cells."""
-        adata = self._validate_anndata()
-        rows = np.sort(np.asarray(self.train_indices, dtype=np.int64))
-        means = np.empty((len(rows), self.module.n_latent), np.float32)
-        for positions, tensors in minibatches(self, adata, rows):
-            mean, _ = self.module.basal_posterior(self.module._get_inference_input(tensors))
-            means[positions] = mean[: len(positions)].cpu().numpy()
-        batch, labels = (
-            np.asarray(self.adata_manager.get_from_registry(key)).ravel().astype(np.int64)[rows]
-            for key in (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY)
-        )
-        groups = batch * self.module.shape.n_labels + labels
-        tables = posterior_shifts(means, dose_table(self, adata)[rows], groups)
+        tables = posterior_shifts(*training_posteriors(self))
         for parameter, table in zip(
             (self.module.posterior_shift, self.module.posterior_inclusion), tables, strict=True
         ):

@@ -10,8 +10,8 @@ from mudata import MuData
 from torch import Tensor
 
 from pertvae.models.base import Capabilities, ModuleShape, PerturbationModel
+from pertvae.models.samsvae._additive import ADDITIVE, AdditiveMixin
 from pertvae.models.samsvae._arguments import check_choices, check_objective, check_sizes
-from pertvae.models.samsvae._dose_response import DoseResponseMixin
 from pertvae.models.samsvae._module import SAMSVAEModule
 
 
@@ -52,7 +52,7 @@ class CPAVAEModule(SAMSVAEModule):
         return mean, above
 
 
-class CPAVAE(DoseResponseMixin, PerturbationModel):
+class CPAVAE(AdditiveMixin, PerturbationModel):
     """SAMS-VAE without masks, the "CPA-VAE" of :cite:t:`Bereket23`.
 
     A cell's latent state is a basal state plus, for each perturbation it received, a dense shift. Of the compositional
@@ -81,7 +81,7 @@ class CPAVAE(DoseResponseMixin, PerturbationModel):
     effect_threshold
         An effect counts in ``inclusion`` with its posterior probability of being larger than this, in units of the
         basal state's prior standard deviation.
-    dose_response, basal_posterior, objective
+    dose_response, basal_posterior, objective, leak_correction
         As in :class:`~pertvae.SAMSVAE`.
 
     Raises
@@ -101,10 +101,7 @@ class CPAVAE(DoseResponseMixin, PerturbationModel):
 
     _module_cls = CPAVAEModule
     capabilities = Capabilities(
-        basal=("control", "prior"),
-        latent_kinds=("full", "basal", "perturbation"),
-        credible_effects=True,
-        marginal_ll=True,
+        **ADDITIVE,
         program="latent dimension; effect = posterior mean",
         inclusion="posterior probability that the effect is larger than effect_threshold",
     )
@@ -127,6 +124,7 @@ class CPAVAE(DoseResponseMixin, PerturbationModel):
         dose_response: Literal["linear", "hill"] = "linear",
         basal_posterior: Literal["gaussian", "flow"] = "gaussian",
         objective: Literal["elbo", "iwae"] = "elbo",
+        leak_correction: bool = True,
     ) -> None:
         super().__init__(adata, registry)
         check_choices(
@@ -162,6 +160,7 @@ class CPAVAE(DoseResponseMixin, PerturbationModel):
             basal_posterior=basal_posterior,
             objective=objective,
         )
+        self.leak_correction = leak_correction
         self._model_summary_string = (
             f"CPAVAE: {n_latent} latents, {self.module.shape.n_components} perturbations, "
             f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood."

@@ -10,13 +10,13 @@ from mudata import MuData
 
 from pertvae.models.base import Capabilities, PerturbationModel
 from pertvae.models.base._phases import Phase
+from pertvae.models.samsvae._additive import ADDITIVE, AdditiveMixin
 from pertvae.models.samsvae._arguments import check_choices, check_objective, check_sizes
-from pertvae.models.samsvae._dose_response import DoseResponseMixin
 from pertvae.models.samsvae._module import SAMSVAEModule
 from pertvae.models.samsvae._sparsify import Sparsifier
 
 
-class SAMSVAE(DoseResponseMixin, PerturbationModel):
+class SAMSVAE(AdditiveMixin, PerturbationModel):
     """Sparse additive mechanism shift variational autoencoder :cite:p:`Bereket23`.
 
     A cell's latent state is a basal state plus, for each perturbation it received, a sparse shift: a mask says which
@@ -62,10 +62,9 @@ class SAMSVAE(DoseResponseMixin, PerturbationModel):
         ``mask_prior``. A probability of each entry's own would change nothing: with a single draw from it, its
         marginal is ``mask_prior`` again.
     sparsify
-        How training finds the masks. ``"rotate"``: effects are first learned without masks, then the latent space is
-        turned to the basis in which they are sparse (Jennrich 2006), then masks are switched on; ``train`` divides
-        its epochs over these phases. ``"published"``: masks learn from the start, undecided; they hardly find the
-        true programs.
+        How training finds the masks. ``"rotate"``: effects without masks first, then a turn of the latent space to the
+        basis in which they are sparse (Jennrich 2006), then masks; ``train`` divides its epochs over these phases.
+        ``"published"``: masks learn from the start, undecided; they hardly find the true programs.
     dose_response
         ``"linear"``: a shift is the dose times the effect. ``"hill"``: the effect is that of the perturbation's
         largest training dose, and smaller doses have a share of it that follows a Hill curve of their perturbation,
@@ -76,6 +75,11 @@ class SAMSVAE(DoseResponseMixin, PerturbationModel):
     objective
         ``"elbo"``, or ``"iwae"``: ``n_particles`` draws of a cell's basal state are weighed by importance, for one
         draw of masks and effects, whose KL stays outside: a tighter bound (not in the paper).
+
+    leak_correction
+        Whether what sparse effects leave in the basal states of the training cells goes to the perturbation's shift
+        when training ends: a regression of their posterior means on doses, shrunken by its noise. For predictions and
+        latents; masks, programs and the likelihood are not touched.
 
     Raises
     ------
@@ -94,10 +98,7 @@ class SAMSVAE(DoseResponseMixin, PerturbationModel):
 
     _module_cls = SAMSVAEModule
     capabilities = Capabilities(
-        basal=("control", "prior"),
-        latent_kinds=("full", "basal", "perturbation"),
-        credible_effects=True,
-        marginal_ll=True,
+        **ADDITIVE,
         program="latent dimension; effect = expected mask times effect",
         inclusion="posterior mask probability",
     )
@@ -123,6 +124,7 @@ class SAMSVAE(DoseResponseMixin, PerturbationModel):
         dose_response: Literal["linear", "hill"] = "linear",
         basal_posterior: Literal["gaussian", "flow"] = "gaussian",
         objective: Literal["elbo", "iwae"] = "elbo",
+        leak_correction: bool = True,
     ) -> None:
         super().__init__(adata, registry)
         check_choices(
@@ -164,6 +166,7 @@ class SAMSVAE(DoseResponseMixin, PerturbationModel):
             objective=objective,
         )
         self.sparsify = sparsify
+        self.leak_correction = leak_correction
         self._model_summary_string = (
             f"SAMSVAE: {n_latent} latents, {self.module.shape.n_components} perturbations, "
             f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood, mask prior {mask_prior}."
@@ -175,7 +178,9 @@ class SAMSVAE(DoseResponseMixin, PerturbationModel):
         return 10_000 if self.sparsify == "rotate" else super()._default_steps
 
     def _training_phases(self) -> list[Phase]:
-        return Sparsifier(self.module).phases() if self.sparsify == "rotate" else super()._training_phases()
+        if self.sparsify == "rotate" and not self.is_trained_:  # a trained model goes on with the masks it has
+            return Sparsifier(self.module).phases()
+        return super()._training_phases()
 
     def get_masks(self) -> pd.DataFrame:
         """Return the posterior probability that each perturbation touches each program.

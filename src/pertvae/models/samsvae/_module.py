@@ -93,6 +93,9 @@ class SAMSVAEModule(ShiftedLatentModule):
             embedding_rank=embedding_rank,
             mask_hyperprior=mask_hyperprior,
         )
+        # what effects left in the basal states of the training cells; computed when training ends, no part of the bound
+        self.leak: Tensor
+        self.register_buffer("leak", torch.zeros(shape.n_components, n_latent))
         # made last, so that the others start from the same random numbers with and without them
         self.hill = HillResponse(shape.n_components) if dose_response == "hill" else None
         self.flow = ConditionalFlow(n_latent, n_hidden) if basal_posterior == "flow" else None
@@ -150,30 +153,34 @@ class SAMSVAEModule(ShiftedLatentModule):
         z, log_q = self.flow(mean, sd, noise, h)
         return {"z_basal": z, "basal_mean": mean.expand(shape), "basal_sd": sd.expand(shape), "basal_log_q": log_q}
 
+    def _basal(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return hidden layer, mean and sd of the encoder at the effects' expected shift, and each cell's leak."""
+        response = self.respond(inputs["doses"])
+        h = self.hidden(inputs["x"], response @ self.effects.expected(), self.covariates_of(inputs))
+        return h, *self.basal(h), response @ self.leak
+
     def basal_posterior(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of q(z_basal) at the expected shift of the cell's own label.
+        """Return mean and standard deviation of q(z_basal) at the expected shift of the cell's label, less the leak.
 
         Those of a flow are over draws from the same 64 vectors of noise for every cell, 32 and their mirror images.
         """
+        h, mean, sd, leak = self._basal(inputs)
         if self.flow is None:
-            return self.encode(inputs["x"], self.offset(inputs["doses"]), self.covariates_of(inputs))
+            return mean - leak, sd
         noise = torch.randn(MEAN_DRAWS // 2, 1, self.n_latent, generator=torch.Generator().manual_seed(0))
-        h = self.hidden(inputs["x"], self.offset(inputs["doses"]), self.covariates_of(inputs))
-        mean, sd = self.basal(h)
         draws, _ = self.flow(mean, sd, torch.cat([noise, -noise]).to(h.device).expand(-1, len(h), -1), h)
-        return draws.mean(0), draws.std(0, correction=0)
+        return draws.mean(0) - leak, draws.std(0, correction=0)
 
     def basal_sampler(self, inputs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         """Encode cells once; return what turns noise into draws of their basal latent under their own labels."""
         flow = self.flow
         if flow is None:
             return super().basal_sampler(inputs)
-        h = self.hidden(inputs["x"], self.offset(inputs["doses"]), self.covariates_of(inputs))
-        mean, sd = self.basal(h)
+        h, mean, sd, leak = self._basal(inputs)
 
         def draw(noise: Tensor) -> Tensor:
             # one draw a cell at a time: matrix products of another shape may differ in the last digits
-            draws = [flow(mean, sd, one, h)[0] for one in noise.reshape(-1, *mean.shape)]
+            draws = [flow(mean, sd, one, h)[0] - leak for one in noise.reshape(-1, *mean.shape)]
             return torch.stack(draws).view(noise.shape)
 
         return draw
@@ -185,13 +192,18 @@ class SAMSVAEModule(ShiftedLatentModule):
         basal = self.basal_sampler(inputs)(noise)
         return basal if kind == "basal" else basal + self.offset(inputs["doses"])
 
+    def leak_shift(self, components: Tensor, doses: Tensor) -> Tensor:
+        """Return the shift by what effects left in the basal states of the training cells, ``(latents,)``."""
+        return self.respond(doses, components) @ self.leak[components]
+
     def offset(self, doses: Tensor) -> Tensor:
-        """Return the expected latent shift ``sum_t h_t(d_t) E[m_t e_t]``, ``(cells, latents)``."""
-        return self.respond(doses) @ self.effects.expected()
+        """Return the expected latent shift ``sum_t h_t(d_t) (E[m_t e_t] + leak_t)``, ``(cells, latents)``."""
+        return self.respond(doses) @ (self.effects.expected() + self.leak)
 
     def draw_offset(self, components: Tensor, doses: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
-        """Return one posterior draw a cell of ``sum_t h_t(d_t) m_t e_t``, ``(cells, latents)``."""
-        return (self.respond(doses, components)[:, None] * self.effects.draw(components, uniform, normal)).sum(1)
+        """Return one posterior draw a cell of ``sum_t h_t(d_t) (m_t e_t + leak_t)``, ``(cells, latents)``."""
+        drawn = (self.respond(doses, components)[:, None] * self.effects.draw(components, uniform, normal)).sum(1)
+        return drawn + self.leak_shift(components, doses)
 
     @torch.no_grad()
     def rotate(self, rotation: Tensor) -> None:
@@ -206,6 +218,7 @@ class SAMSVAEModule(ShiftedLatentModule):
             Orthogonal, ``(n_latent, n_latent)``.
         """
         self.effects.rotate(rotation)
+        self.leak.copy_(self.leak @ rotation)
         self.decoder.mlp.rotate_input(0, rotation)
         if self.flow is None:
             self.basal.rotate(rotation, self.encoder.at_zero())

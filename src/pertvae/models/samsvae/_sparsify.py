@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 
 from pertvae.models.base._phases import Phase
@@ -64,7 +63,7 @@ class Sparsifier:
     """
 
     def __init__(self, module: SAMSVAEModule) -> None:
-        self.module, self.cost = module, 0.0
+        self.module, self.cost, self.was_dense = module, 0.0, False
 
     def phases(self) -> list[Phase]:
         """Return the phases in order."""
@@ -77,6 +76,7 @@ class Sparsifier:
         cost = {"costly masks": (1.0, 1.0), "cheaper masks": (1.0, 0.0)}
 
         def callbacks(name: str, epochs: int) -> list[Any]:
+            self.was_dense |= name == "dense"  # a short run may have no epoch for it
             if name not in cost:
                 return []
             start, end = cost[name]
@@ -103,7 +103,7 @@ class Sparsifier:
         """Turn the latent space to simple structure and start the masks from the dense effects."""
         effects = self.module.effects
         dense = effects.expected().cpu().numpy()
-        if not np.any(dense):  # a run too short to have learned any: masks start undecided
+        if not self.was_dense:  # nothing was learned yet: masks start undecided
             effects.open = False
             return
         rotation = torch.as_tensor(simple_structure(dense), dtype=torch.float32, device=effects.mask_logits.device)

@@ -1,17 +1,34 @@
-"""The getter of learned dose responses."""
+"""What the models with additive effects share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
+
+from pertvae.models.samsvae._leak import correct_leak
 
 if TYPE_CHECKING:
     from pertvae.models.samsvae._model import SAMSVAE
 
 
-class DoseResponseMixin:
-    """For models with the argument ``dose_response``."""
+ADDITIVE: dict[str, Any] = {
+    "basal": ("control", "prior"),
+    "latent_kinds": ("full", "basal", "perturbation"),
+    "credible_effects": True,
+    "marginal_ll": True,
+}
+"""What they offer."""
+
+
+class AdditiveMixin:
+    """For models with the arguments ``dose_response`` and ``leak_correction``."""
+
+    leak_correction: bool
+
+    def _after_training(self) -> None:
+        if self.leak_correction:
+            correct_leak(cast("SAMSVAE", self))
 
     def get_dose_response(self) -> pd.DataFrame:
         """Return the learned dose response of each perturbation.

@@ -1,0 +1,125 @@
+"""What sparse effects leave in the basal state goes to the perturbation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import scvi
+import torch
+from anndata import AnnData
+
+import pertvae as pv
+from pertvae.models.base._posterior_shifts import least_squares_shifts, posterior_shifts, shrunken_shifts
+
+
+def design(n_each: int, n_components: int, rng: np.random.Generator) -> sp.csr_matrix:
+    """Return controls, singles and the double of the first two components."""
+    rows = np.repeat(np.vstack([np.zeros(n_components), np.eye(n_components)]), n_each, axis=0)
+    double = np.zeros((n_each, n_components))
+    double[:, :2] = 1
+    return sp.csr_matrix(rng.permutation(np.vstack([rows, double])))
+
+
+def test_shrinkage_follows_the_noise() -> None:
+    rng = np.random.default_rng(0)
+    doses, n_latent = design(200, 4, rng), 20
+    true = np.zeros((4, n_latent))
+    true[0], true[1, :5] = 0.5, 1.0
+    latent = doses @ true + rng.normal(size=(doses.shape[0], n_latent)) * np.linspace(0.5, 2, n_latent)
+    groups = np.zeros(doses.shape[0], dtype=int)
+    raw, variance, _ = least_squares_shifts(latent, doses, groups)
+    found = shrunken_shifts(latent, doses, groups)
+    factor = found / raw
+    np.testing.assert_allclose(factor, np.broadcast_to(factor[:, :1], factor.shape))  # one factor a component
+    assert (factor[:2] > 0.9).all()
+    assert (factor[2:] < 0.5).all()
+    assert ((found - true) ** 2).sum() < ((raw - true) ** 2).sum()
+    x = doses.toarray()
+    gram = np.linalg.inv(np.hstack([np.ones((len(x), 1)), x]).T @ np.hstack([np.ones((len(x), 1)), x]))
+    np.testing.assert_allclose(variance, np.diag(gram)[1:], rtol=1e-3)
+    np.testing.assert_allclose(raw, posterior_shifts(latent, doses, groups)[0])
+
+
+def test_nothing_for_a_component_without_cells_or_latents_that_do_not_vary() -> None:
+    rng = np.random.default_rng(0)
+    doses = sp.hstack([design(30, 2, rng), sp.csr_matrix((120, 1))], format="csr")
+    latent = rng.normal(size=(120, 5)) + doses[:, [0]].toarray()
+    latent[:, 3] = 0.0
+    found = shrunken_shifts(latent, doses, np.zeros(120, dtype=int))
+    assert not found[2].any()
+    assert not found[:, 3].any()
+    assert found[0, 0] != 0
+
+
+@pytest.fixture(scope="module")
+def fits() -> tuple[AnnData, pv.SAMSVAE, pv.SAMSVAE]:
+    adata = pv.datasets.example()
+    pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+    models = []
+    for correction in (True, False):
+        scvi.settings.seed = 0
+        model = pv.SAMSVAE(adata, n_latent=6, n_hidden=32, leak_correction=correction)
+        model.train(max_epochs=30, batch_size=128, enable_progress_bar=False)
+        models.append(model)
+    return adata, models[0], models[1]
+
+
+def test_basal_and_perturbation_still_sum_to_full(fits: tuple) -> None:
+    _, model, plain = fits
+    full, basal, shift = (
+        model.get_latent_representation(kind=k, key_added=None) for k in ("full", "basal", "perturbation")
+    )
+    np.testing.assert_allclose(basal + shift, full, atol=1e-5)
+    np.testing.assert_allclose(full, plain.get_latent_representation(key_added=None), atol=1e-5)
+    assert model.module.leak.any()
+    assert not plain.module.leak.any()
+
+
+def test_the_basal_state_is_free_of_what_was_moved(fits: tuple) -> None:
+    adata, model, plain = fits
+    rows = np.sort(model.train_indices)
+    doses = adata.obsm["_scvi_perturbation"][rows]
+    left = [
+        least_squares_shifts(
+            m.get_latent_representation(kind="basal", key_added=None)[rows], doses, np.zeros(len(rows), dtype=int)
+        )[0]
+        for m in (model, plain)
+    ]
+    leak = model.module.leak.detach().numpy()
+    np.testing.assert_allclose(left[0], left[1] - leak, atol=1e-4)
+    assert np.linalg.norm(left[0]) < 0.5 * np.linalg.norm(left[1])
+
+
+def test_controls_masks_programs_and_likelihood_are_untouched(fits: tuple) -> None:
+    adata, model, plain = fits
+    control = np.flatnonzero(adata.obs["perturbation"] == "control")
+    for kind in ("full", "basal"):
+        one, other = (m.get_latent_representation(indices=control, kind=kind, key_added=None) for m in (model, plain))
+        np.testing.assert_array_equal(one, other)
+    assert not model.get_latent_representation(indices=control, kind="perturbation", key_added=None).any()
+    for name, table in vars(plain.get_perturbation_programs(key_added=None)).items():
+        np.testing.assert_array_equal(vars(model.get_perturbation_programs(key_added=None))[name], table)
+    few = np.arange(0, adata.n_obs, 20)
+    assert model.get_marginal_ll(indices=few, n_mc_samples=5) == plain.get_marginal_ll(indices=few, n_mc_samples=5)
+
+
+def test_the_papers_protocol_corrects_nothing(fits: tuple) -> None:
+    _, model, plain = fits
+    arguments = {"perturbations": ["P001"], "n_samples": 50, "key_added": None}
+    one, other = (m.get_treatment_effects(protocol="paper", **arguments).mean for m in (model, plain))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    matched = [m.get_treatment_effects(**arguments).mean.to_numpy() for m in (model, plain)]
+    assert not np.allclose(*matched, atol=1e-3)
+
+
+def test_draws_and_expectation_move_alike(fits: tuple) -> None:
+    _, model, plain = fits
+    components, doses = torch.tensor([1, 3]), torch.tensor([2.0, 1.0])
+    row = torch.zeros(1, len(model.perturbation_names))
+    row[0, components] = doses
+    noise = torch.rand(7, 2, 6), torch.randn(7, 2, 6)
+    drawn = [m.module.draw_offset(components, doses, *noise) for m in (model, plain)]
+    expected = [m.module.offset(row) for m in (model, plain)]
+    torch.testing.assert_close(drawn[0] - drawn[1], (expected[0] - expected[1]).expand(7, -1))
+    torch.testing.assert_close(expected[0] - expected[1], 2 * model.module.leak[[1]] + model.module.leak[[3]])

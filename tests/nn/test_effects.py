@@ -9,7 +9,7 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn.functional import leaky_relu, one_hot
 
-from pertvae.nn import SparseEffects, gaussian_kl, sample_mask
+from pertvae.nn import SparseEffects, gathered_shift, gaussian_kl, sample_mask
 from pertvae.nn._low_rank import low_rank_kl, low_rank_noise
 
 T, L = 5, 4
@@ -292,3 +292,20 @@ def test_masks_start_from_dense_effects(inference: str) -> None:
     if inference != "correlated":
         assert on.sum() == (mean == 6.0).sum() == (mean.abs() >= threshold).sum()
     assert torch.isfinite(module.sample(2).kl).all()
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_gathered_shifts_equal_the_product(n_samples: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    doses = torch.zeros(40, 200)
+    for cell in range(30):  # the others are controls
+        chosen = torch.randperm(200, generator=generator)[: 1 + cell % 3]
+        doses[cell, chosen] = torch.rand(len(chosen), generator=generator) + 0.1
+    gradients = []
+    for shift_of in (lambda e: doses @ e, lambda e: gathered_shift(doses, e, 3)):
+        effect = torch.randn(n_samples, 200, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        shift = shift_of(effect)
+        shift.square().sum().backward()
+        gradients.append((shift.detach(), effect.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert not gradients[1][0][:, 30:].any()

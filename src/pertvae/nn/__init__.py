@@ -1,7 +1,7 @@
 """Blocks that two or more methods share."""
 
 from pertvae.nn._dose import HillResponse
-from pertvae.nn._effects import EffectSample, SparseEffects
+from pertvae.nn._effects import EffectSample, SparseEffects, gathered_shift
 from pertvae.nn._flow import ConditionalFlow
 from pertvae.nn._likelihoods import GENE_LIKELIHOODS, ExpressionDecoder, poisson_log_prob
 from pertvae.nn._masks import mask_kl, sample_mask
@@ -18,6 +18,7 @@ __all__ = [
     "GaussianHead",
     "HillResponse",
     "SparseEffects",
+    "gathered_shift",
     "gaussian_kl",
     "mask_kl",
     "nb_log_prob",

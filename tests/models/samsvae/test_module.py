@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import scvi
 import torch
 
+import pertvae as pv
 from pertvae.models.base import ModuleShape
-from pertvae.models.samsvae import SAMSVAEModule
+from pertvae.models.samsvae import SAMSVAEModule, _common
 from pertvae.nn import EffectSample
 
 GENES, LATENT = 10, 4
@@ -150,3 +152,28 @@ def test_generator_decides_every_draw(batch: dict) -> None:
     a, b = (model.inference(**batch, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     assert torch.equal(a["z"], b["z"])
     assert not torch.equal(a["z"], model.inference(**batch)["z"])
+
+
+def test_many_perturbations_are_gathered_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    adata = pv.datasets.example()
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str)
+    pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+    weights, calls = [], []
+    original = _common.gathered_shift
+
+    def spy(doses: torch.Tensor, effect: torch.Tensor, max_active: int) -> torch.Tensor:
+        calls.append(max_active)
+        return original(doses, effect, max_active)
+
+    monkeypatch.setattr(_common, "gathered_shift", spy)
+    for factor in (64, 6):  # 12 perturbations, at most 2 a cell
+        monkeypatch.setattr(_common, "GATHER_FROM", factor)
+        scvi.settings.seed = 0
+        model = pv.SAMSVAE(adata, n_latent=3, n_hidden=8, sparsify="published")
+        model.train(max_epochs=1, early_stopping=False, enable_progress_bar=False)
+        weights.append(model.module.effects.loc.detach().clone())
+        seen = len(calls)
+        model.get_elbo()
+        assert len(calls) == seen
+    assert calls == [2] * 3  # three steps of the second model
+    torch.testing.assert_close(weights[0], weights[1])

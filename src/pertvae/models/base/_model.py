@@ -88,7 +88,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         Parameters
         ----------
         max_epochs
-            Passes over the training cells. By default as many as give 4,000 optimiser steps, between 20 and 1,000.
+            Passes over the training cells. By default as many as give 4,000 optimiser steps, between 20 and 1,000; for
+            a method that trains in phases, and divides them over these, 10,000 steps and at most 2,500.
         split_key
             Column of ``obs`` with ``train``, ``valid``, ``test`` (or ``val``, ``validation``, ``ood``). Test cells
             enter no statistic. Without ``valid`` cells 10% of the training cells are held out, stratified by

@@ -65,6 +65,8 @@ class TrainingStatistics:
         Training cells with a non-zero dose of each component.
     n_cells
         Training cells.
+    max_active
+        Non-zero doses a training cell has at most; 0 when not known.
     largest_dose
         Largest dose of each component among the training cells, 0 without any; ``None`` if not known.
     """
@@ -76,6 +78,7 @@ class TrainingStatistics:
     cells_per_component: np.ndarray
     n_cells: int
     largest_dose: np.ndarray | None = None
+    max_active: int = 0
 
 
 class PerturbationModule(BaseModuleClass):

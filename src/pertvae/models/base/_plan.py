@@ -60,6 +60,7 @@ def training_statistics(manager: AnnDataManager, cells: np.ndarray, log1p: bool)
         output_log_scale=log_scale,
         cells_per_component=np.bincount(doses.indices[doses.data != 0], minlength=doses.shape[1]),
         n_cells=len(cells),
+        max_active=int((doses != 0).sum(axis=1).max()),
         largest_dose=np.asarray(doses.max(axis=0).todense()).ravel(),
     )
 

@@ -16,11 +16,13 @@ from scvi.module.base import LossOutput, auto_move_data
 from torch import Tensor
 from torch.distributions import Normal
 
-from pertvae.models.base import PerturbationModule
-from pertvae.nn import EffectSample, gaussian_kl
+from pertvae.models.base import PerturbationModule, TrainingStatistics
+from pertvae.nn import EffectSample, gathered_shift, gaussian_kl
 
 GlobalKL = Literal["full", "plate"]
 Objective = Literal["elbo", "iwae"]
+GATHER_FROM = 64
+"""Perturbations for each one that a cell received, from which gathering effects is quicker than the whole product."""
 
 
 class ShiftedLatentModule(PerturbationModule):
@@ -35,6 +37,14 @@ class ShiftedLatentModule(PerturbationModule):
     objective: Objective = "elbo"
     """``"elbo"``: each particle has its own global draw. ``"iwae"``: all particles share one, and the basal states of a
     cell are weighed by importance."""
+
+    max_active: int = 0
+    """Components a training cell has at most; 0 before the fit."""
+
+    def set_training_statistics(self, statistics: TrainingStatistics) -> None:
+        """Fill the buffers, and note how many components a training cell has at most."""
+        self.max_active = statistics.max_active
+        super().set_training_statistics(statistics)
 
     @abstractmethod
     def local_posterior(
@@ -75,7 +85,11 @@ class ShiftedLatentModule(PerturbationModule):
 
     def shift_of(self, globals_: EffectSample, doses: Tensor) -> Tensor:
         """Return the latent shift of each cell for each global draw, ``(samples, cells or 1, latents or 1)``."""
-        return self.respond(self.treatments(doses)) @ globals_.effect
+        response = self.respond(self.treatments(doses))
+        # only of training cells is it known how many components they have at most
+        if self.training and 0 < GATHER_FROM * self.max_active <= response.shape[-1]:
+            return gathered_shift(response, globals_.effect, self.max_active)
+        return response @ globals_.effect
 
     def draw_shift(
         self, doses: Tensor, n_samples: int, generator: torch.Generator | None

@@ -26,7 +26,9 @@ def test_programs_of_papalexi(data_dir: Path) -> None:
     model = pv.SAMSVAE(adata)
     model.train(split_key="split", accelerator="cpu", enable_progress_bar=False)
     programs = model.get_perturbation_programs()
-    effects = programs.effects / np.linalg.norm(programs.effects, axis=1, keepdims=True)
+    # by what they do to genes: two programs of their own may do much the same
+    effects = programs.effects @ programs.loadings
+    effects = effects.div(np.linalg.norm(effects, axis=1), axis=0)
     cosine = effects @ effects.T
     others = [n for n in cosine.index if n not in PATHWAY]
     print(cosine.loc[PATHWAY, PATHWAY].round(2))

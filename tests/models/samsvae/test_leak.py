@@ -29,12 +29,15 @@ def test_shrinkage_follows_the_noise() -> None:
     latent = doses @ true + rng.normal(size=(doses.shape[0], n_latent)) * np.linspace(0.5, 2, n_latent)
     groups = np.zeros(doses.shape[0], dtype=int)
     raw, variance, _ = least_squares_shifts(latent, doses, groups)
-    found = shrunken_shifts(latent, doses, groups)
+    found, sd = shrunken_shifts(latent, doses, groups)
     factor = found / raw
     np.testing.assert_allclose(factor, np.broadcast_to(factor[:, :1], factor.shape))  # one factor a component
     assert (factor[:2] > 0.9).all()
     assert (factor[2:] < 0.5).all()
     assert ((found - true) ** 2).sum() < ((raw - true) ** 2).sum()
+    # mean and variance of the posterior share the factor: f shift, f error^2
+    error = np.std(latent - doses @ raw, axis=0) * np.sqrt(variance)[:, None]
+    np.testing.assert_allclose(sd**2, factor * error**2, rtol=0.05)
     x = doses.toarray()
     gram = np.linalg.inv(np.hstack([np.ones((len(x), 1)), x]).T @ np.hstack([np.ones((len(x), 1)), x]))
     np.testing.assert_allclose(variance, np.diag(gram)[1:], rtol=1e-3)
@@ -46,10 +49,45 @@ def test_nothing_for_a_component_without_cells_or_latents_that_do_not_vary() -> 
     doses = sp.hstack([design(30, 2, rng), sp.csr_matrix((120, 1))], format="csr")
     latent = rng.normal(size=(120, 5)) + doses[:, [0]].toarray()
     latent[:, 3] = 0.0
-    found = shrunken_shifts(latent, doses, np.zeros(120, dtype=int))
-    assert not found[2].any()
-    assert not found[:, 3].any()
-    assert found[0, 0] != 0
+    found, sd = shrunken_shifts(latent, doses, np.zeros(120, dtype=int))
+    for table in (found, sd):
+        assert not table[2].any()
+        assert not table[:, 3].any()
+        assert table[0, 0] != 0
+
+
+def test_the_unit_of_a_dose_does_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    doses = design(100, 3, rng)
+    true = rng.normal(size=(3, 8)) * 2
+    latent = doses @ true + rng.normal(size=(doses.shape[0], 8))
+    unit = np.array([1e-3, 1.0, 1e3])
+    groups = rng.integers(0, 2, doses.shape[0])
+    plain = shrunken_shifts(latent, doses, groups)
+    scaled = shrunken_shifts(latent, sp.csr_matrix(doses.multiply(unit)), groups)
+    for one, other in zip(plain, scaled, strict=True):
+        np.testing.assert_allclose(other * unit[:, None], one, rtol=1e-3, atol=1e-6)
+
+
+def test_credible_intervals_know_the_noise_of_the_leak(fits: tuple) -> None:
+    _, model, _ = fits
+    kept = {k: v.clone() for k, v in model.module.state_dict().items()}
+    try:
+        with torch.no_grad():
+            model.module.effects.mask_logits.fill_(-20.0)  # nothing but the leak is left
+            model.module.leak.fill_(0.01)
+            model.module.leak_sd.fill_(0.1)
+        effects = model.get_treatment_effects(["P001"], n_samples=200, key_added=None)
+        inside = (effects.lower <= 0) & (effects.upper >= 0)
+        assert float(inside.to_numpy().mean()) > 0.9
+        with torch.no_grad():
+            model.module.leak.fill_(1.0)
+            model.module.leak_sd.fill_(1e-4)
+        effects = model.get_treatment_effects(["P001"], n_samples=200, key_added=None)
+        inside = (effects.lower <= 0) & (effects.upper >= 0)
+        assert float(inside.to_numpy().mean()) < 0.1
+    finally:
+        model.module.load_state_dict(kept)
 
 
 @pytest.fixture(scope="module")

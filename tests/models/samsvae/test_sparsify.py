@@ -16,6 +16,7 @@ import torch
 from anndata import AnnData
 
 import pertvae as pv
+from pertvae.models.base import PerturbationTrainingPlan
 from pertvae.models.base._plan import MONITOR, KeepBest
 from pertvae.models.samsvae._sparsify import COST, MaskCost
 from pertvae.nn._rotation import SMOOTHING
@@ -279,12 +280,16 @@ def test_interrupted_from_the_keyboard(adata: AnnData, model_of: Callable, quiet
 
 
 @INFERENCE
-def test_training_further(adata: AnnData, inference: str, model_of: Callable, quiet: dict) -> None:
+def test_training_further(
+    adata: AnnData, inference: str, model_of: Callable, quiet: dict, turns: list[SimpleNamespace]
+) -> None:
     model = model_of(adata, embedding_inference=inference)
     settings = {"max_epochs": 20, "split_key": "split", "plan_kwargs": {"lr": 3e-3}, "batch_size": 64, **quiet}
     model.train(early_stopping=False, **settings)
     first = float(model.history["objective_train"].iloc[-1].item())
+    assert len(turns) == 1
     model.train(early_stopping=False, **settings)
+    assert len(turns) == 1  # it goes on with the masks it has
     objective = model.history["objective_train"].to_numpy(dtype=float).ravel()
     assert len(objective) == 40
     assert objective[-1] < first
@@ -372,3 +377,20 @@ def test_steps_of_a_default_run(adata: AnnData, model_of: Callable) -> None:
 def test_unknown_way(adata: AnnData, model_of: Callable) -> None:
     with pytest.raises(ValueError, match=r"sparsify='rotat' is not one of \['rotate', 'published'\]"):
         model_of(adata, sparsify="rotat")
+
+
+def test_a_warm_up_belongs_to_the_first_phase(
+    adata: AnnData, model_of: Callable, quiet: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[Any, Any]] = []
+    inner = PerturbationTrainingPlan.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        inner(self, *args, **kwargs)
+        made.append((self.n_epochs_kl_warmup, self.lr))
+
+    monkeypatch.setattr(PerturbationTrainingPlan, "__init__", init)
+    arguments = {"n_epochs_kl_warmup": 8, "lr": 2e-3}
+    model_of(adata).train(max_epochs=20, split_key="split", early_stopping=False, plan_kwargs=arguments, **quiet)
+    assert made == [(8, 2e-3), (None, 2e-3), (None, 2e-3), (None, 2e-3)]
+    assert arguments == {"n_epochs_kl_warmup": 8, "lr": 2e-3}

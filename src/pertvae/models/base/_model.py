@@ -190,6 +190,7 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         callbacks = list(trainer_kwargs.pop("callbacks", []))
         trained_before: bool = self.is_trained_  # type: ignore[has-type]
         best: int | None = None
+        arguments = dict(plan_kwargs or {})
         try:
             for phase, planned in zip(phases, epochs_of, strict=True):
                 if phase.begin is not None:
@@ -200,7 +201,9 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
                 may_stop = early_stopping and phase.may_stop
                 keep = [KeepBest(trainer_kwargs["early_stopping_monitor"])] if may_stop else []
                 self.module.train()  # getters and earlier fits leave it in evaluation mode
-                plan = self._training_plan_cls(self.module, manager=self.adata_manager, **(plan_kwargs or {}))
+                plan = self._training_plan_cls(self.module, manager=self.adata_manager, **arguments)
+                # a warm-up of the KL belongs to the start of the run, not of each phase
+                arguments = {k: v for k, v in arguments.items() if "kl_warmup" not in k}
                 runner = self._train_runner_cls(
                     self,
                     training_plan=plan,

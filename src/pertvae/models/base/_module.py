@@ -351,6 +351,10 @@ class PerturbationModule(BaseModuleClass):
         """Return the part of ``draw_offset`` that is no draw of the effects but a correction; none by default."""
         return 0.0
 
+    def leak_spread(self, components: Tensor, doses: Tensor) -> Tensor | float:
+        """Return the posterior standard deviation of :meth:`leak_shift`, which ``draw_offset`` does not draw."""
+        return 0.0
+
     @abstractmethod
     def program_tables(self) -> tuple[Tensor, Tensor]:
         """Return effects and inclusion of the programs, both components x programs."""

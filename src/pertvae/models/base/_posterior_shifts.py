@@ -87,9 +87,10 @@ def least_squares_shifts(
     one_hot = sp.csr_matrix((np.ones(len(group)), (np.arange(len(group)), group)), shape=(len(group), n_groups))
     joint = sp.hstack([one_hot, design], format="csr")
     gram = (joint.T @ joint).tocsc()
-    largest = max(float(gram.diagonal()[n_groups:].max(initial=0.0)), 1.0)
-    # so small that it decides only what the data leave open
-    penalty = np.concatenate([np.zeros(n_groups), np.full(n_components, RIDGE * largest)])
+    information = gram.diagonal()[n_groups:]
+    # so small that it decides only what the data leave open; relative to each component's doses, whatever their unit
+    ridge = RIDGE * np.where(information > 0, information, 1.0)
+    penalty = np.concatenate([np.zeros(n_groups), ridge])
     solver = splu((gram + sp.diags(penalty)).tocsc())
     solution = solver.solve(np.asarray(joint.T @ z))
     shift = solution[n_groups:]
@@ -104,11 +105,13 @@ def least_squares_shifts(
     return shift, variance, z - joint @ solution
 
 
-def shrunken_shifts(latent: np.ndarray, doses: sp.csr_matrix, groups: np.ndarray) -> np.ndarray:
-    """Return least-squares shifts, each component's shrunken to zero by its noise, components x latents.
+def shrunken_shifts(latent: np.ndarray, doses: sp.csr_matrix, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return shifts, each component's shrunken to zero by its noise, and their posterior standard deviation.
 
-    The positive-part James-Stein factor ``1 - (L - 2) / sum_l (shift_l / error_l)^2``, at least 0, with L latents: a
-    perturbation whose shift is within its noise gets none.
+    Of a least-squares shift with standard error s under a normal prior the posterior has mean ``f shift`` and variance
+    ``f s^2``, with the factor f of the component estimated over its L latents (positive-part James-Stein):
+    ``1 - max(L - 2, 1) / sum_l (shift_l / s_l)^2``, at least 0. A perturbation without a shift gets none, or a small
+    one with a standard deviation that says so.
 
     Parameters
     ----------
@@ -119,11 +122,11 @@ def shrunken_shifts(latent: np.ndarray, doses: sp.csr_matrix, groups: np.ndarray
     freedom = max(len(residual) - shift.shape[0] - len(np.unique(groups)), 1)
     sd = np.sqrt((residual**2).sum(axis=0) / freedom)
     usable = sd > 1e-12
-    error = sd[usable] * np.sqrt(variance)[:, None]
-    signal = ((shift[:, usable] / np.maximum(error, 1e-12)) ** 2).sum(axis=1)
+    error = sd * np.sqrt(variance)[:, None]
+    signal = ((shift[:, usable] / np.maximum(error[:, usable], 1e-12)) ** 2).sum(axis=1)
     factor = np.clip(1 - max(usable.sum() - 2, 1) / np.maximum(signal, 1e-12), 0.0, None)
-    seen = np.asarray((doses != 0).sum(axis=0)).ravel() > 0
-    return np.where(usable, shift, 0.0) * (factor * seen)[:, None]
+    factor *= np.asarray((doses != 0).sum(axis=0)).ravel() > 0
+    return np.where(usable, shift, 0.0) * factor[:, None], np.where(usable, error, 0.0) * np.sqrt(factor)[:, None]
 
 
 def _null_draws(null: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -141,6 +141,8 @@ def _matched_effects(
         draws = torch.zeros(n_samples, model.module.n_latent, device=z.device)
         if request.doses:
             draws = model.module.draw_offset(components, doses, uniform.to(z.device), normal.to(z.device))
+            spread = torch.randn(draws.shape, generator=generator).to(z.device)
+            draws = draws + model.module.leak_spread(components, doses) * spread
         change = torch.stack([(model._expression(z + o, covariates, space) - before).mean(0) for o in draws])
         tails = torch.tensor([(1 - credible) / 2, (1 + credible) / 2], device=z.device)
         tables[0, i] = change.mean(0).cpu().numpy() * scale

@@ -44,5 +44,6 @@ def correct_leak(model: PerturbationModel) -> None:
     module = model.module
     with torch.no_grad():
         module.leak.zero_()
-        shifts = shrunken_shifts(*training_posteriors(model))
-        module.leak.copy_(torch.as_tensor(shifts, dtype=torch.float32))
+        tables = shrunken_shifts(*training_posteriors(model))
+        for buffer, table in zip((module.leak, module.leak_sd), tables, strict=True):
+            buffer.copy_(torch.as_tensor(table, dtype=torch.float32))

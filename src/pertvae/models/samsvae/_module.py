@@ -95,7 +95,9 @@ class SAMSVAEModule(ShiftedLatentModule):
         )
         # what effects left in the basal states of the training cells; computed when training ends, no part of the bound
         self.leak: Tensor
+        self.leak_sd: Tensor
         self.register_buffer("leak", torch.zeros(shape.n_components, n_latent))
+        self.register_buffer("leak_sd", torch.zeros(shape.n_components, n_latent))
         # made last, so that the others start from the same random numbers with and without them
         self.hill = HillResponse(shape.n_components) if dose_response == "hill" else None
         self.flow = ConditionalFlow(n_latent, n_hidden) if basal_posterior == "flow" else None
@@ -196,6 +198,10 @@ class SAMSVAEModule(ShiftedLatentModule):
         """Return the shift by what effects left in the basal states of the training cells, ``(latents,)``."""
         return self.respond(doses, components) @ self.leak[components]
 
+    def leak_spread(self, components: Tensor, doses: Tensor) -> Tensor:
+        """Return the posterior standard deviation of :meth:`leak_shift`, ``(latents,)``."""
+        return (self.respond(doses, components).square() @ self.leak_sd[components].square()).sqrt()
+
     def offset(self, doses: Tensor) -> Tensor:
         """Return the expected latent shift ``sum_t h_t(d_t) (E[m_t e_t] + leak_t)``, ``(cells, latents)``."""
         return self.respond(doses) @ (self.effects.expected() + self.leak)
@@ -219,6 +225,7 @@ class SAMSVAEModule(ShiftedLatentModule):
         """
         self.effects.rotate(rotation)
         self.leak.copy_(self.leak @ rotation)
+        self.leak_sd.copy_((self.leak_sd.square() @ rotation.square()).sqrt())
         self.decoder.mlp.rotate_input(0, rotation)
         if self.flow is None:
             self.basal.rotate(rotation, self.encoder.at_zero())

@@ -130,6 +130,10 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         Notes
         -----
         Writes ``history``: a dict of DataFrames, one row an epoch.
+
+        A method may train in phases. ``plan_kwargs`` and ``callbacks`` then go to each of them (a warm-up of the KL to
+        the first only), and early stopping acts in those that may end early. Training a trained model again goes on
+        from its weights, in a single phase.
         """
         if resume:
             raise ValueError("resume=True: there is no checkpoint to go on from. Call train again to train further.")

@@ -42,7 +42,8 @@ class TreatmentEffectsMixin:
         """Return average treatment effects with intervals.
 
         With the default protocol each of ``n_samples`` posterior draws of the effects shifts the same (at most 100)
-        control cells; their mean change of expected expression is one draw of the average treatment effect.
+        control cells; their mean change of expected expression is one draw of the average treatment effect. Models with
+        ``leak_correction`` add a draw of what effects left in the basal states.
 
         Parameters
         ----------

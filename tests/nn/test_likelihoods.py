@@ -100,3 +100,16 @@ def test_covariates_matter() -> None:
 def test_unknown_likelihood_is_named() -> None:
     with pytest.raises(ValueError, match=r"'zinb'.*nb.*poisson.*normal"):
         decoder("zinb")
+
+
+def test_no_hidden_layer_is_linear_in_latents_and_covariates() -> None:
+    torch.manual_seed(0)
+    module = ExpressionDecoder(3, 2, 40, n_hidden=8, n_layers=0)
+    z, covariates, library = torch.randn(4, 5, 3), torch.randn(5, 2), torch.full((5, 1), 300.0)
+    weight = module.out.weight.detach()
+    logits = z @ weight[:, :3].T + covariates @ weight[:, 3:].T + module.out.bias.detach()
+    torch.testing.assert_close(module(z, covariates, library).mean, 300 * logits.softmax(-1) + 1e-4)
+    rotation = torch.linalg.qr(torch.randn(3, 3))[0]
+    before = module(z, covariates, library).mean
+    module.rotate_latent(rotation)
+    torch.testing.assert_close(module(z @ rotation, covariates, library).mean, before)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import leaky_relu, linear
 
 from pertvae.nn import MLP, GaussianHead, gaussian_kl
 
 
 def plain(mlp: MLP, inputs: torch.Tensor) -> torch.Tensor:
-    h = leaky_relu(mlp.first(inputs), 0.01)
+    h = leaky_relu(linear(inputs, mlp.first.weight, mlp.first.bias), 0.01)
     for layer in mlp.rest:
         h = h + leaky_relu(layer(h), 0.01)
     return h
@@ -106,10 +106,10 @@ def rotation_of(n: int, seed: int = 0) -> torch.Tensor:
 def test_rotated_input(n_layers: int, part: int) -> None:
     torch.manual_seed(0)
     mlp = MLP((5, 4, 3), 16, n_layers).double()
-    parts = [torch.randn(10, n, dtype=torch.float64) for n in mlp.n_in]
-    rotation = rotation_of(mlp.n_in[part])
+    parts = [torch.randn(10, n, dtype=torch.float64) for n in mlp.first.n_in]
+    rotation = rotation_of(mlp.first.n_in[part])
     before = mlp(*parts)
-    mlp.rotate_input(part, rotation)
+    mlp.first.rotate_input(part, rotation)
     assert (mlp(*parts) - before).abs().max() > 0.05
     parts[part] = parts[part] @ rotation
     torch.testing.assert_close(mlp(*parts), before)
@@ -118,7 +118,7 @@ def test_rotated_input(n_layers: int, part: int) -> None:
 def test_rotating_an_absent_part_changes_nothing() -> None:
     mlp = MLP((5, 0, 3), 8)
     before = mlp.first.weight.detach().clone()
-    mlp.rotate_input(1, torch.eye(4))
+    mlp.first.rotate_input(1, torch.eye(4))
     assert torch.equal(mlp.first.weight, before)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from scvi.distributions import NegativeBinomial, Normal, Poisson
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pertvae.nn._mlp import MLP
+from pertvae.nn._mlp import MLP, PartsLinear
 from pertvae.nn._negative_binomial import softmax_nb_log_prob
 
 GeneLikelihood = Literal["nb", "poisson", "normal"]
@@ -70,7 +70,7 @@ class ExpressionDecoder(nn.Module):
     n_latent, n_covariates, n_genes
         Widths.
     n_hidden, n_layers
-        Of the perceptron.
+        Of the perceptron; without hidden layers (0) h are latents and covariates themselves.
     gene_likelihood
         ``"nb"``, ``"poisson"`` or ``"normal"``.
     """
@@ -89,8 +89,9 @@ class ExpressionDecoder(nn.Module):
         if gene_likelihood not in GENE_LIKELIHOODS:
             raise ValueError(f"gene_likelihood={gene_likelihood!r} is not one of {list(GENE_LIKELIHOODS)}.")
         self.gene_likelihood = gene_likelihood
-        self.mlp = MLP((n_latent, n_covariates), n_hidden, n_layers)
-        self.out = nn.Linear(n_hidden, n_genes)
+        n_in = (n_latent, n_covariates)
+        self.mlp = MLP(n_in, n_hidden, n_layers) if n_layers else None
+        self.out = nn.Linear(n_hidden, n_genes) if n_layers else PartsLinear(n_in, n_genes)
         # log inverse dispersion (nb) or log standard deviation (normal), one a gene
         self.log_scale = nn.Parameter(torch.zeros(n_genes)) if gene_likelihood != "poisson" else None
 
@@ -106,13 +107,18 @@ class ExpressionDecoder(nn.Module):
         library
             ``(cells, 1)``, counts.
         """
-        out = self.out(self.mlp(z, covariates))
+        out = self.out(z, covariates) if self.mlp is None else self.out(self.mlp(z, covariates))
         if self.gene_likelihood == "normal":
             return Normal(out, self.scale.expand_as(out), normal_mu=out)
         if self.gene_likelihood == "nb":
             return SoftmaxNegativeBinomial(out, library, self.scale)
         rho = F.softmax(out, dim=-1)
         return Poisson(library * rho + MEAN_FLOOR, scale=rho)
+
+    def rotate_latent(self, rotation: Tensor) -> None:
+        """Turn the weights of the latents, so that ``z @ rotation`` is decoded as ``z`` was before."""
+        first = self.out if self.mlp is None else self.mlp.first
+        cast(PartsLinear, first).rotate_input(0, rotation)
 
     @property
     def scale(self) -> Tensor:

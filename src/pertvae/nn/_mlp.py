@@ -12,8 +12,8 @@ SLOPE = 0.01
 VARIANCE_FLOOR = 1e-4
 
 
-class MLP(nn.Module):
-    """Perceptron whose first layer takes its input in parts.
+class PartsLinear(nn.Linear):
+    """Linear layer that takes its input in parts.
 
     The parts are multiplied by their own columns of one weight matrix and summed, which equals concatenation but
     lets parts with fewer leading dimensions (expression, once a cell) meet parts with more (offsets, once a
@@ -23,22 +23,16 @@ class MLP(nn.Module):
     ----------
     n_in
         Width of each part; a width of 0 stands for an absent part.
-    n_hidden
-        Width of every hidden layer.
-    n_layers
-        Hidden layers, at least 1; those beyond the first are residual: ``h + LeakyReLU(W h + b)``.
+    n_out
+        Width of the output.
     """
 
-    def __init__(self, n_in: Sequence[int], n_hidden: int, n_layers: int = 1) -> None:
-        super().__init__()
-        if n_layers < 1:
-            raise ValueError(f"n_layers={n_layers}: at least one hidden layer is needed.")
+    def __init__(self, n_in: Sequence[int], n_out: int) -> None:
+        super().__init__(sum(n_in), n_out)
         self.n_in = tuple(n_in)
-        self.first = nn.Linear(sum(self.n_in), n_hidden)
-        self.rest = nn.ModuleList(nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1))
 
     def forward(self, *parts: Tensor | None, standardize: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return the last hidden layer.
+        """Return the output.
 
         Parameters
         ----------
@@ -49,7 +43,7 @@ class MLP(nn.Module):
             cells x genes matrix is read once.
         """
         h: Tensor | None = None
-        for i, (part, weight) in enumerate(zip(parts, self.first.weight.split(self.n_in, dim=1), strict=True)):
+        for i, (part, weight) in enumerate(zip(parts, self.weight.split(self.n_in, dim=1), strict=True)):
             if part is None or weight.shape[1] == 0:
                 continue
             if i == 0 and standardize is not None:
@@ -60,17 +54,7 @@ class MLP(nn.Module):
                 term = F.linear(part, weight)
             h = term if h is None else h + term
         assert h is not None
-        h = F.leaky_relu(h + self.first.bias, SLOPE)
-        return self._deeper(h)
-
-    def _deeper(self, h: Tensor) -> Tensor:
-        for layer in self.rest:
-            h = h + F.leaky_relu(layer(h), SLOPE)
-        return h
-
-    def at_zero(self) -> Tensor:
-        """Return the last hidden layer for an input of zeros, ``(n_hidden,)``."""
-        return self._deeper(F.leaky_relu(self.first.bias, SLOPE))
+        return h + self.bias
 
     @torch.no_grad()
     def rotate_input(self, part: int, rotation: Tensor) -> None:
@@ -83,9 +67,43 @@ class MLP(nn.Module):
         rotation
             Orthogonal, as wide as the part.
         """
-        weight = self.first.weight.split(self.n_in, dim=1)[part]
+        weight = self.weight.split(self.n_in, dim=1)[part]
         if weight.shape[1]:
             weight.copy_(weight @ rotation)
+
+
+class MLP(nn.Module):
+    """Perceptron whose first layer takes its input in parts.
+
+    Parameters
+    ----------
+    n_in
+        Width of each part, see :class:`PartsLinear`.
+    n_hidden
+        Width of every hidden layer.
+    n_layers
+        Hidden layers, at least 1; those beyond the first are residual: ``h + LeakyReLU(W h + b)``.
+    """
+
+    def __init__(self, n_in: Sequence[int], n_hidden: int, n_layers: int = 1) -> None:
+        super().__init__()
+        if n_layers < 1:
+            raise ValueError(f"n_layers={n_layers}: at least one hidden layer is needed.")
+        self.first = PartsLinear(n_in, n_hidden)
+        self.rest = nn.ModuleList(nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1))
+
+    def forward(self, *parts: Tensor | None, standardize: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the last hidden layer; arguments as of :meth:`PartsLinear.forward`."""
+        return self._deeper(F.leaky_relu(self.first(*parts, standardize=standardize), SLOPE))
+
+    def _deeper(self, h: Tensor) -> Tensor:
+        for layer in self.rest:
+            h = h + F.leaky_relu(layer(h), SLOPE)
+        return h
+
+    def at_zero(self) -> Tensor:
+        """Return the last hidden layer for an input of zeros, ``(n_hidden,)``."""
+        return self._deeper(F.leaky_relu(self.first.bias, SLOPE))
 
 
 class GaussianHead(nn.Module):

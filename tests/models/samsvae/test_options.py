@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "low_rank": {"embedding_inference": "low_rank", "embedding_rank": 2},
     "per_perturbation": {"mask_hyperprior": "perturbation"},
     "per_latent": {"mask_hyperprior": "latent", "embedding_inference": "correlated"},
+    "linear_decoder": {"n_layers_decoder": 0},
 }
 
 
@@ -46,13 +47,26 @@ def test_option_trains_predicts_and_is_saved(
     np.testing.assert_array_equal(predict(model), predict(loaded))
 
 
+@pytest.mark.parametrize("name", ["SAMSVAE", "CPAVAE", "SVAEPlus", "ConditionalVAE"])
+def test_depth_of_the_decoder_alone(name: str, small_screen: AnnData, quiet: dict) -> None:
+    cls, adata = getattr(pv, name), small_screen.copy()
+    cls.setup_anndata(adata, perturbation_key="perturbation", control="control", batch_key="batch")
+    model = cls(adata, n_latent=4, n_hidden=16, n_layers=2, n_layers_decoder=0)
+    assert model.module.decoder.mlp is None
+    assert len(model.module.encoder.rest) == 1
+    model.train(max_epochs=2, batch_size=128, **quiet)
+    found = model.predict_perturbation(["P001+P002"], n_cells=5, key_added=None)
+    assert np.isfinite(found.layers["mean"]).all()
+
+
 def test_factors_have_the_learning_rate_of_effects(small_screen: AnnData, model_of: Callable) -> None:
     module = model_of(small_screen, embedding_inference="low_rank").module
     assert any(p is module.effects.factor for p in module.global_parameters())
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("mask_hyperprior", "entry"), ("embedding_inference", "lowrank"), ("embedding_rank", 0)]
+    ("argument", "value"),
+    [("mask_hyperprior", "entry"), ("embedding_inference", "lowrank"), ("embedding_rank", 0), ("n_layers_decoder", -1)],
 )
 def test_values_that_are_not_accepted(argument: str, value: Any, small_screen: AnnData, model_of: Callable) -> None:
     with pytest.raises(ValueError, match=f"{argument}={value!r}"):

@@ -91,7 +91,9 @@ class PerturbationModule(BaseModuleClass):
     n_latent
         Width of the latent that the decoder reads.
     n_hidden, n_layers
-        Of the decoder.
+        Of encoder and decoder.
+    n_layers_decoder
+        Hidden layers of the decoder if not ``n_layers``; 0 for one linear in the latents.
     n_particles
         Posterior draws a training step.
     gene_likelihood
@@ -109,6 +111,7 @@ class PerturbationModule(BaseModuleClass):
         n_layers: int,
         n_particles: int,
         gene_likelihood: Any,
+        n_layers_decoder: int | None = None,
         n_decoder_extra: int = 0,
     ) -> None:
         super().__init__()
@@ -119,7 +122,7 @@ class PerturbationModule(BaseModuleClass):
             n_decoder_extra + shape.n_covariates,
             shape.n_genes,
             n_hidden=n_hidden,
-            n_layers=n_layers,
+            n_layers=n_layers if n_layers_decoder is None else n_layers_decoder,
             gene_likelihood=gene_likelihood,
         )
         self.input_mean: Tensor

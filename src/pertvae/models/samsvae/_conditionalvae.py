@@ -10,7 +10,7 @@ from mudata import MuData
 
 from pertvae.models.base import Capabilities, PerturbationModel
 from pertvae.models.base._posterior_shifts import posterior_shifts
-from pertvae.models.samsvae._arguments import check_sizes
+from pertvae.models.samsvae._arguments import check_arguments, own_arguments, summary
 from pertvae.models.samsvae._conditionalvae_module import ConditionalVAEModule
 from pertvae.models.samsvae._leak import training_posteriors
 
@@ -40,6 +40,8 @@ class ConditionalVAE(PerturbationModel):
         Latent dimensions.
     n_hidden, n_layers
         Width and number of hidden layers of encoder and decoder.
+    n_layers_decoder
+        Hidden layers of the decoder, if not ``n_layers``. 0: linear in the latent state, before the softmax over genes.
     n_particles
         Posterior draws a training step; the encoder is evaluated once for all. The paper used 5.
     gene_likelihood
@@ -77,23 +79,15 @@ class ConditionalVAE(PerturbationModel):
         n_latent: int = 32,
         n_hidden: int = 128,
         n_layers: int = 1,
+        n_layers_decoder: int | None = None,
         n_particles: int = 1,
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
     ) -> None:
+        arguments = own_arguments(locals())
         super().__init__(adata, registry)
-        check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_particles=n_particles)
-        self.module = ConditionalVAEModule(
-            self._module_shape(gene_likelihood),
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            n_particles=n_particles,
-            gene_likelihood=gene_likelihood,
-        )
-        self._model_summary_string = (
-            f"ConditionalVAE: {n_latent} latents, {self.module.shape.n_components} perturbations, "
-            f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood."
-        )
+        check_arguments(arguments)
+        self.module = ConditionalVAEModule(self._module_shape(gene_likelihood), **arguments)
+        self._model_summary_string = summary(self)
         self.init_params_ = self._get_init_params(locals())
 
     @torch.inference_mode()

@@ -27,28 +27,13 @@ class ConditionalVAEModule(ShiftedLatentModule):
     ----------
     shape
         Sizes of the registered data.
-    n_latent, n_hidden, n_layers, n_particles, gene_likelihood
-        See :class:`~pertvae.models.base.PerturbationModule`; encoder and decoder have the same depth and width.
+    n_latent, n_hidden, n_layers, **kwargs
+        See :class:`~pertvae.models.base.PerturbationModule`.
     """
 
-    def __init__(
-        self,
-        shape: ModuleShape,
-        *,
-        n_latent: int,
-        n_hidden: int,
-        n_layers: int,
-        n_particles: int,
-        gene_likelihood: Any,
-    ) -> None:
+    def __init__(self, shape: ModuleShape, *, n_latent: int, n_hidden: int, n_layers: int, **kwargs: Any) -> None:
         super().__init__(
-            shape,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            n_particles=n_particles,
-            gene_likelihood=gene_likelihood,
-            n_decoder_extra=n_hidden,
+            shape, n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, n_decoder_extra=n_hidden, **kwargs
         )
         self.encoder = MLP((shape.n_genes, n_hidden, shape.n_covariates), n_hidden, n_layers)
         self.head = GaussianHead(n_hidden, n_latent)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pertvae.models.base import Capabilities, ModuleShape, PerturbationModel
 from pertvae.models.samsvae._additive import ADDITIVE, AdditiveMixin
-from pertvae.models.samsvae._arguments import check_choices, check_objective, check_sizes
+from pertvae.models.samsvae._arguments import check_arguments, own_arguments, summary, without
 from pertvae.models.samsvae._module import SAMSVAEModule
 
 
@@ -65,7 +65,7 @@ class CPAVAE(AdditiveMixin, PerturbationModel):
         Registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
     registry
         A registration without data (for datamodules and loading).
-    n_latent, n_hidden, n_layers, n_particles, gene_likelihood
+    n_latent, n_hidden, n_layers, n_layers_decoder, n_particles, gene_likelihood
         As in :class:`~pertvae.SAMSVAE`.
     effect_prior_scale
         Prior standard deviation of effects, in units of the basal state's prior standard deviation.
@@ -113,6 +113,7 @@ class CPAVAE(AdditiveMixin, PerturbationModel):
         n_latent: int = 32,
         n_hidden: int = 128,
         n_layers: int = 1,
+        n_layers_decoder: int | None = None,
         n_particles: int = 1,
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
         effect_prior_scale: float = 1.0,
@@ -126,43 +127,10 @@ class CPAVAE(AdditiveMixin, PerturbationModel):
         objective: Literal["elbo", "iwae"] = "elbo",
         leak_correction: bool = True,
     ) -> None:
+        arguments = own_arguments(locals())
         super().__init__(adata, registry)
-        check_choices(
-            {
-                "embedding_inference": (embedding_inference, ("mean_field", "low_rank")),
-                "basal_inference": (basal_inference, ("mean_field", "correlated")),
-                "global_kl": (global_kl, ("full", "plate")),
-                "dose_response": (dose_response, ("linear", "hill")),
-                "basal_posterior": (basal_posterior, ("gaussian", "flow")),
-                "objective": (objective, ("elbo", "iwae")),
-            }
-        )
-        if effect_prior_scale <= 0:
-            raise ValueError(f"effect_prior_scale={effect_prior_scale} is not positive.")
-        if effect_threshold < 0:
-            raise ValueError(f"effect_threshold={effect_threshold} is negative.")
-        check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_particles=n_particles, embedding_rank=embedding_rank)
-        check_objective(objective, n_particles)
-        self.module = CPAVAEModule(
-            self._module_shape(gene_likelihood),
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            n_particles=n_particles,
-            gene_likelihood=gene_likelihood,
-            effect_prior_scale=effect_prior_scale,
-            embedding_inference=embedding_inference,
-            basal_inference=basal_inference,
-            global_kl=global_kl,
-            embedding_rank=embedding_rank,
-            effect_threshold=effect_threshold,
-            dose_response=dose_response,
-            basal_posterior=basal_posterior,
-            objective=objective,
-        )
+        check_arguments(arguments, embedding_inference=("mean_field", "low_rank"))
+        self.module = CPAVAEModule(self._module_shape(gene_likelihood), **without(arguments, ("leak_correction",)))
         self.leak_correction = leak_correction
-        self._model_summary_string = (
-            f"CPAVAE: {n_latent} latents, {self.module.shape.n_components} perturbations, "
-            f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood."
-        )
+        self._model_summary_string = summary(self)
         self.init_params_ = self._get_init_params(locals())

@@ -11,7 +11,7 @@ from mudata import MuData
 from pertvae.models.base import Capabilities, PerturbationModel
 from pertvae.models.base._phases import Phase
 from pertvae.models.samsvae._additive import ADDITIVE, AdditiveMixin
-from pertvae.models.samsvae._arguments import check_choices, check_objective, check_sizes
+from pertvae.models.samsvae._arguments import check_arguments, own_arguments, summary, without
 from pertvae.models.samsvae._module import SAMSVAEModule
 from pertvae.models.samsvae._sparsify import Sparsifier
 
@@ -33,6 +33,8 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         Latent dimensions, each a program.
     n_hidden, n_layers
         Width and number of hidden layers of encoder and decoder.
+    n_layers_decoder
+        Hidden layers of the decoder, if not ``n_layers``. 0: linear in the latent state, before the softmax over genes.
     n_particles
         Posterior draws a training step; the paper used 5.
     gene_likelihood
@@ -110,6 +112,7 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         n_latent: int = 32,
         n_hidden: int = 128,
         n_layers: int = 1,
+        n_layers_decoder: int | None = None,
         n_particles: int = 1,
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
         mask_prior: float = 0.001,
@@ -126,51 +129,16 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         objective: Literal["elbo", "iwae"] = "elbo",
         leak_correction: bool = True,
     ) -> None:
+        arguments = own_arguments(locals())
         super().__init__(adata, registry)
-        check_choices(
-            {
-                "embedding_inference": (embedding_inference, ("mean_field", "correlated", "gated", "low_rank")),
-                "basal_inference": (basal_inference, ("mean_field", "correlated")),
-                "mask_gradient": (mask_gradient, ("gumbel", "identity")),
-                "global_kl": (global_kl, ("full", "plate")),
-                "sparsify": (sparsify, ("rotate", "published")),
-                "mask_hyperprior": (mask_hyperprior, (None, "perturbation", "latent")),
-                "dose_response": (dose_response, ("linear", "hill")),
-                "basal_posterior": (basal_posterior, ("gaussian", "flow")),
-                "objective": (objective, ("elbo", "iwae")),
-            }
-        )
+        check_arguments(arguments)
         if not 0 < mask_prior < 1:
             raise ValueError(f"mask_prior={mask_prior} is not a probability strictly between 0 and 1.")
-        if effect_prior_scale <= 0:
-            raise ValueError(f"effect_prior_scale={effect_prior_scale} is not positive.")
-        check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_particles=n_particles, embedding_rank=embedding_rank)
-        check_objective(objective, n_particles)
-        self.module = SAMSVAEModule(
-            self._module_shape(gene_likelihood),
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            n_particles=n_particles,
-            gene_likelihood=gene_likelihood,
-            mask_prior=mask_prior,
-            effect_prior_scale=effect_prior_scale,
-            embedding_inference=embedding_inference,
-            basal_inference=basal_inference,
-            mask_gradient=mask_gradient,
-            global_kl=global_kl,
-            embedding_rank=embedding_rank,
-            mask_hyperprior=mask_hyperprior,
-            dose_response=dose_response,
-            basal_posterior=basal_posterior,
-            objective=objective,
-        )
+        shape = self._module_shape(gene_likelihood)
+        self.module = SAMSVAEModule(shape, **without(arguments, ("sparsify", "leak_correction")))
         self.sparsify = sparsify
         self.leak_correction = leak_correction
-        self._model_summary_string = (
-            f"SAMSVAE: {n_latent} latents, {self.module.shape.n_components} perturbations, "
-            f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood, mask prior {mask_prior}."
-        )
+        self._model_summary_string = summary(self, f"mask prior {mask_prior}")
         self.init_params_ = self._get_init_params(locals())
 
     @property

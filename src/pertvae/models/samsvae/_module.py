@@ -30,8 +30,8 @@ class SAMSVAEModule(ShiftedLatentModule):
     ----------
     shape
         Sizes of the registered data.
-    n_latent, n_hidden, n_layers, n_particles, gene_likelihood
-        See :class:`~pertvae.models.base.PerturbationModule`; encoder and decoder have the same depth and width.
+    n_latent, n_hidden, n_layers
+        See :class:`~pertvae.models.base.PerturbationModule`.
     mask_prior, effect_prior_scale, embedding_inference, mask_gradient, embedding_rank, mask_hyperprior
         See :class:`~pertvae.nn.SparseEffects`.
     basal_inference
@@ -47,6 +47,8 @@ class SAMSVAEModule(ShiftedLatentModule):
         ``"gaussian"``, or ``"flow"``: :class:`~pertvae.nn.ConditionalFlow` that reads the encoder's last hidden layer.
     objective
         See :meth:`~pertvae.models.samsvae._common.ShiftedLatentModule.loss`.
+    **kwargs
+        See :class:`~pertvae.models.base.PerturbationModule`.
     """
 
     def __init__(
@@ -56,8 +58,6 @@ class SAMSVAEModule(ShiftedLatentModule):
         n_latent: int,
         n_hidden: int,
         n_layers: int,
-        n_particles: int,
-        gene_likelihood: Any,
         mask_prior: float,
         effect_prior_scale: float,
         embedding_inference: Any,
@@ -69,15 +69,9 @@ class SAMSVAEModule(ShiftedLatentModule):
         dose_response: DoseResponse = "linear",
         basal_posterior: BasalPosterior = "gaussian",
         objective: Objective = "elbo",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            shape,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            n_particles=n_particles,
-            gene_likelihood=gene_likelihood,
-        )
+        super().__init__(shape, n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, **kwargs)
         self.basal_inference, self.global_kl, self.objective = basal_inference, global_kl, objective
         n_offset = n_latent if basal_inference == "correlated" else 0
         self.encoder = MLP((shape.n_genes, n_offset, shape.n_covariates), n_hidden, n_layers)
@@ -226,12 +220,12 @@ class SAMSVAEModule(ShiftedLatentModule):
         self.effects.rotate(rotation)
         self.leak.copy_(self.leak @ rotation)
         self.leak_sd.copy_((self.leak_sd.square() @ rotation.square()).sqrt())
-        self.decoder.mlp.rotate_input(0, rotation)
+        self.decoder.rotate_latent(rotation)
         if self.flow is None:
             self.basal.rotate(rotation, self.encoder.at_zero())
         else:
             self.flow.rotate(rotation)
-        self.encoder.rotate_input(1, rotation)
+        self.encoder.first.rotate_input(1, rotation)
 
     def set_mask_cost(self, cost: float) -> None:
         """Make an open mask cost so many nats for every training cell of its perturbation, on top of its prior."""

@@ -15,7 +15,7 @@ from pertvae._constants import PERTURBATION_REGISTRY_KEY
 from pertvae._labels import hint
 from pertvae.models.base import Capabilities, PerturbationModel, PerturbationTrainingPlan
 from pertvae.models.base._requests import Request
-from pertvae.models.samsvae._arguments import check_choices, check_sizes
+from pertvae.models.samsvae._arguments import check_arguments, own_arguments, summary, without
 from pertvae.models.samsvae._svaeplus_module import SVAEPlusModule
 
 # ours, and the two published implementations where they differ
@@ -95,6 +95,8 @@ class SVAEPlus(PerturbationModel):
         Latent dimensions, each a program.
     n_hidden, n_layers
         Width and number of hidden layers of encoder and decoder.
+    n_layers_decoder
+        Hidden layers of the decoder, if not ``n_layers``. 0: linear in the latent state, before the softmax over genes.
     n_particles
         Posterior draws a training step; the re-implementation used 5.
     gene_likelihood
@@ -172,6 +174,7 @@ class SVAEPlus(PerturbationModel):
         n_latent: int = 32,
         n_hidden: int = 128,
         n_layers: int = 1,
+        n_layers_decoder: int | None = None,
         n_particles: int = 1,
         gene_likelihood: Literal["nb", "poisson", "normal"] = "nb",
         combinations: Literal["sum", "unique"] = "sum",
@@ -184,30 +187,13 @@ class SVAEPlus(PerturbationModel):
         global_kl: Literal["full", "plate"] | None = None,
         conditions: Sequence[str] | None = None,
     ) -> None:
+        arguments = own_arguments(locals())
         super().__init__(adata, registry)
-        check_choices({"variant": (variant, tuple(VARIANTS))})
-        given = {
-            "mask_prior": mask_prior,
-            "mask_gradient": mask_gradient,
-            "mask_draws": mask_draws,
-            "mask_start": mask_start,
-            "effect_start": effect_start,
-            "global_kl": global_kl,
-        }
-        chosen = VARIANTS[variant] | {k: v for k, v in given.items() if v is not None}
-        check_choices(
-            {
-                "combinations": (combinations, ("sum", "unique")),
-                "mask_gradient": (chosen["mask_gradient"], ("gumbel", "identity")),
-                "mask_draws": (chosen["mask_draws"], ("component", "cell")),
-                "global_kl": (chosen["global_kl"], ("full", "plate")),
-            }
-        )
-        if not 0 < chosen["mask_prior"] <= 0.5:
+        check_arguments({"variant": variant}, variant=tuple(VARIANTS))
+        arguments |= {k: v for k, v in VARIANTS[variant].items() if arguments[k] is None}
+        check_arguments(arguments)
+        if not 0 < arguments["mask_prior"] <= 0.5:
             raise ValueError(f"mask_prior={mask_prior} is not above 0 and at most 0.5, where the prior is flat.")
-        if chosen["effect_start"] < 0:
-            raise ValueError(f"effect_start={effect_start} is negative.")
-        check_sizes(n_latent=n_latent, n_hidden=n_hidden, n_particles=n_particles)
         if conditions is not None and combinations == "sum":
             raise ValueError("conditions=... needs combinations='unique': with 'sum' effects belong to components.")
         if combinations == "unique":
@@ -216,22 +202,13 @@ class SVAEPlus(PerturbationModel):
             canonical = dict.fromkeys(self.label_format.canonical(c) for c in given_conditions)
             conditions = [c for c in canonical if c not in self.label_format.control]
         self._conditions = conditions
+        arguments["conditions"] = None if conditions is None else self._patterns(conditions)
         self.module = SVAEPlusModule(
             self._module_shape(gene_likelihood),
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            n_particles=n_particles,
-            gene_likelihood=gene_likelihood,
             n_epochs_kl_warmup=GENENTECH_WARMUP if variant == "genentech" else None,
-            conditions=None if conditions is None else self._patterns(conditions),
-            **chosen,
+            **without(arguments, ("combinations", "variant")),
         )
-        self._model_summary_string = (
-            f"SVAEPlus: {n_latent} latents, {self.module.shape.n_components} perturbations, "
-            f"{self.module.shape.n_genes} genes, {gene_likelihood} likelihood, combinations {combinations!r}, "
-            f"variant {variant!r}."
-        )
+        self._model_summary_string = summary(self, f"combinations {combinations!r}", f"variant {variant!r}")
         self.init_params_ = self._get_init_params(locals())
 
     # ---------------------------------------------------------------- combinations as treatments of their own

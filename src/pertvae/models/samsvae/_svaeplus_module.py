@@ -29,8 +29,8 @@ class SVAEPlusModule(ShiftedLatentModule):
     ----------
     shape
         Sizes of the registered data.
-    n_latent, n_hidden, n_layers, n_particles, gene_likelihood
-        See :class:`~pertvae.models.base.PerturbationModule`; encoder and decoder have the same depth and width.
+    n_latent, n_hidden, n_layers
+        See :class:`~pertvae.models.base.PerturbationModule`.
     mask_prior
         Mean ``1 / (1 + K)`` of the prior of pi, at most 0.5.
     mask_gradient
@@ -48,6 +48,8 @@ class SVAEPlusModule(ShiftedLatentModule):
     conditions
         Boolean patterns (conditions x components) of the labels that are treatments of their own, for
         ``combinations="unique"``; ``None``: effects of components add up.
+    **kwargs
+        See :class:`~pertvae.models.base.PerturbationModule`.
     """
 
     def __init__(
@@ -57,8 +59,6 @@ class SVAEPlusModule(ShiftedLatentModule):
         n_latent: int,
         n_hidden: int,
         n_layers: int,
-        n_particles: int,
-        gene_likelihood: Any,
         mask_prior: float,
         mask_gradient: Any,
         mask_draws: MaskDraws,
@@ -67,15 +67,9 @@ class SVAEPlusModule(ShiftedLatentModule):
         global_kl: GlobalKL,
         n_epochs_kl_warmup: int | None = None,
         conditions: Tensor | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            shape,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            n_particles=n_particles,
-            gene_likelihood=gene_likelihood,
-        )
+        super().__init__(shape, n_latent=n_latent, n_hidden=n_hidden, n_layers=n_layers, **kwargs)
         self.global_kl, self.mask_gradient, self.mask_draws = global_kl, mask_gradient, mask_draws
         self.n_epochs_kl_warmup = n_epochs_kl_warmup
         self.concentration = 1 / mask_prior - 1

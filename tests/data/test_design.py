@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from pertvae._labels import LabelFormat
-from pertvae.data import design_from_labels, design_from_obsm, dose_matrix
+from pertvae.data import design_from_labels, design_from_obsm, distinct_doses, dose_matrix
 
 FORMAT = LabelFormat.create(["ctrl", "NT"], "+")
 
@@ -131,6 +131,23 @@ def test_the_matrix_given_is_not_changed():
 def test_dose_matrix():
     table = dose_matrix([{"b": 2.0, "a": 1.0}, {}, {"b": 0.5}], ["a", "b"])
     np.testing.assert_array_equal(table.toarray(), [[1, 2], [0, 0], [0, 0.5]])
+
+
+def test_distinct_doses_and_their_cells():
+    rng = np.random.default_rng(0)
+    table = rng.choice([0.0, 0.1, 1.0, 30.0], (60, 4))
+    table[:, 2] = 0.0
+    expected = {}
+    for row in table.astype(np.float32):
+        for j, dose in enumerate(row):
+            if dose:
+                expected[j, float(dose)] = expected.get((j, float(dose)), 0) + 1
+    matrix = sp.csr_matrix(table)
+    assert distinct_doses(matrix) == expected
+    assert list(distinct_doses(matrix)) == sorted(expected)
+    matrix.data[0] = 0.0  # a stored zero is no dose
+    assert sum(distinct_doses(matrix).values()) == matrix.nnz - 1
+    assert distinct_doses(sp.csr_matrix((5, 2))) == {}
 
 
 @pytest.mark.parametrize("doses", [False, True])

@@ -1,4 +1,4 @@
-"""The Hill response against its formula, at its ends, and its gradients."""
+"""The Hill response against its formula, at its ends, and its gradients; deviations of doses as categories."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pertvae.nn import HillResponse
+from pertvae.nn import DoseDeviations, HillResponse
 
 
 def hill(slope: list[float], midpoint: list[float], largest: list[float] | None = None) -> HillResponse:
@@ -92,3 +92,67 @@ def test_what_was_never_given_keeps_dose_one() -> None:
     made = hill([2.0, 2.0], [0.3, 0.3], [0.0, 4.0])
     assert made.largest_dose.tolist() == [1.0, 4.0]
     assert made(torch.tensor([1.0, 4.0])).tolist() == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------------ doses as categories
+
+LEVELS = [(0, 0.1), (2, 4.0), (0, 3.0), (2, 1.0), (3, 1.0), (2, 9.0)]  # in any order
+CELLS = {(0, float(np.float32(0.1))): 4, (0, 3.0): 12, (2, 4.0): 5, (2, 1.0): 15, (3, 1.0): 7, (1, 1.0): 3}
+FREE = torch.tensor([True, True, True, True, False, False])
+
+
+def deviations(prior_scale: float = 0.5) -> DoseDeviations:
+    made = DoseDeviations(LEVELS, 3, prior_scale)
+    made.set_cells(CELLS)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        made.loc.normal_()
+        made.log_sd.normal_(-1, 0.3)
+    return made
+
+
+def test_only_doses_of_training_cells_deviate_and_not_single_ones() -> None:
+    made = deviations()
+    assert torch.equal(made.free, FREE)
+    assert made.known.tolist() == [True] * 5 + [False]
+    assert made.cells.tolist() == [4, 5, 12, 15, 7, 0]
+    doses = torch.tensor([[0.0, 0, 0, 0], [0.1, 1, 1, 1], [3, 0, 4, 0], [0.2, 0, 9, 2]])
+    assert made(doses).tolist() == [[0.0] * 6, [1.0, 0, 0, 1, 0, 0], [0, 1.0, 1, 0, 0, 0], [0.0] * 6]
+    mean, sd = made.posterior_at(torch.tensor([2, 0, 3, 0, 2]), torch.tensor([1.0, 3.0, 1.0, 0.2, 9.0]))
+    none = torch.zeros(3)
+    torch.testing.assert_close(mean, torch.stack([made.loc[3], made.loc[2], none, none, none]))
+    torch.testing.assert_close(sd, torch.stack([made.log_sd[3].exp(), made.log_sd[2].exp(), none, none, none]))
+
+
+def test_draws_and_their_divergence() -> None:
+    made = deviations()
+    drawn, kl = made.sample(20_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.mean(0), made.loc * FREE[:, None], atol=0.02, rtol=0)
+    torch.testing.assert_close(drawn.std(0), made.log_sd.exp() * FREE[:, None], atol=0.02, rtol=0)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(made.loc, made.log_sd.exp()), normal(0.0, 0.5)).sum(-1)
+    torch.testing.assert_close(kl, expected * FREE)
+
+
+def test_sizes_and_evidence() -> None:
+    made = deviations()
+    shared = torch.randn(5, 3)
+    size = made.size(shared)
+    for component, levels in ((0, [0, 2]), (2, [1, 3])):
+        cells = made.cells[levels][:, None]
+        square = (cells * (shared[component] + made.loc[levels]).square()).sum(0) / cells.sum()
+        torch.testing.assert_close(size[component], square.sqrt())
+    for component in (1, 3, 4):
+        torch.testing.assert_close(size[component], shared[component].abs())
+    shifts = made.shifts(shared)
+    torch.testing.assert_close(shifts[:3], shared[[1, 3, 4]])
+    torch.testing.assert_close(shifts[3:], shared[[0, 2, 0, 2]] + made.loc[:4])
+    mean, sd = made.loc.detach().numpy(), made.log_sd.exp().detach().numpy()
+    each = stats.norm.logpdf(0, 0, 0.5) - stats.norm.logpdf(0, mean, sd)
+    evidence = made.evidence(5).detach().numpy()
+    np.testing.assert_allclose(evidence[[0, 2]], [each[[0, 2]].sum(0), each[[1, 3]].sum(0)], rtol=1e-4)
+    assert (evidence[[1, 3, 4]] == 0).all()
+    values = torch.rand(6, 3)
+    largest = made.largest(torch.zeros(5, 3), values)
+    torch.testing.assert_close(largest[[0, 2]], torch.stack([values[[0, 2]].amax(0), values[[1, 3]].amax(0)]))
+    assert (largest[[1, 3, 4]] == 0).all()

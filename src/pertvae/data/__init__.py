@@ -1,6 +1,6 @@
 """Registration fields, the splitter and design matrices."""
 
-from pertvae.data._design import Design, design_from_labels, design_from_obsm, dose_matrix
+from pertvae.data._design import Design, design_from_labels, design_from_obsm, distinct_doses, dose_matrix
 from pertvae.data._fields import (
     CountField,
     MuDataCountField,
@@ -20,6 +20,7 @@ __all__ = [
     "PerturbationManager",
     "design_from_labels",
     "design_from_obsm",
+    "distinct_doses",
     "dose_matrix",
     "hold_out",
     "split_labels",

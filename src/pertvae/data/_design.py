@@ -193,6 +193,23 @@ def dose_matrix(rows: Sequence[dict[str, float]], components: Sequence[str]) -> 
     return _csr([[(position[c], d) for c, d in row.items()] for row in rows], len(components))
 
 
+def distinct_doses(doses: sp.csr_matrix) -> dict[tuple[int, float], int]:
+    """Return the cells of each pair of a component (its column) and a non-zero dose, sorted.
+
+    Parameters
+    ----------
+    doses
+        Cells x components; doses that differ in float32 are different.
+    """
+    values, columns = np.asarray(doses.data, dtype=np.float32), doses.indices
+    order = np.lexsort((values, columns))
+    order = order[values[order] != 0]
+    values, columns = values[order], columns[order]
+    first = np.flatnonzero((np.diff(columns, prepend=-1) != 0) | (np.diff(values, prepend=-1.0) != 0))
+    cells = np.diff(first, append=len(values))
+    return {(int(columns[i]), float(values[i])): int(n) for i, n in zip(first, cells, strict=True)}
+
+
 def _csr(rows: Sequence[Sequence[tuple[int, float]]], n_columns: int) -> sp.csr_matrix:
     indptr = np.cumsum([0, *(len(r) for r in rows)])
     flat = [pair for r in rows for pair in sorted(r)]

@@ -1,6 +1,6 @@
 """Blocks that two or more methods share."""
 
-from pertvae.nn._dose import HillResponse
+from pertvae.nn._dose import DoseDeviations, HillResponse
 from pertvae.nn._effects import EffectSample, SparseEffects, gathered_shift
 from pertvae.nn._flow import ConditionalFlow
 from pertvae.nn._likelihoods import GENE_LIKELIHOODS, ExpressionDecoder, poisson_log_prob
@@ -13,6 +13,7 @@ __all__ = [
     "GENE_LIKELIHOODS",
     "MLP",
     "ConditionalFlow",
+    "DoseDeviations",
     "EffectSample",
     "ExpressionDecoder",
     "GaussianHead",

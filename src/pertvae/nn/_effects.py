@@ -38,10 +38,13 @@ class EffectSample:
         ``m * e``, ``(samples, components, latents)``.
     kl
         KL of mask and effect against their priors summed over latents, ``(samples, components)``, nats.
+    mask
+        ``m``, like ``effect``; ``None`` if nobody needs it.
     """
 
     effect: Tensor
     kl: Tensor
+    mask: Tensor | None = None
 
 
 def gathered_shift(doses: Tensor, effect: Tensor, max_active: int) -> Tensor:
@@ -65,6 +68,9 @@ def gathered_shift(doses: Tensor, effect: Tensor, max_active: int) -> Tensor:
 class SparseEffects(nn.Module):
     """Posterior of masks M and effects E.
 
+    Effects and their prior are those of a dose of 1. What is learned are the shifts by a typical dose, see
+    :meth:`set_typical_dose`, so that the unit of the doses does not matter to the optimiser.
+
     Parameters
     ----------
     n_components, n_latent
@@ -72,7 +78,7 @@ class SparseEffects(nn.Module):
     mask_prior
         Prior inclusion probability of each entry.
     effect_prior_scale
-        Standard deviation of the effect prior.
+        Standard deviation of the prior of the effects of a dose of 1.
     embedding_inference
         ``"mean_field"``: q(E) a free diagonal Gaussian. ``"correlated"``: q(E | M) from a perceptron that reads the
         component's mask row and its identity. ``"gated"``: q(E | M) the free diagonal Gaussian where the mask is on
@@ -114,6 +120,8 @@ class SparseEffects(nn.Module):
         # only their difference to the base counts
         self.prior_logit: Tensor
         self.register_buffer("prior_logit", torch.full((n_components, 1), self.base_logit))
+        self.typical_dose: Tensor
+        self.register_buffer("typical_dose", torch.ones(n_components, 1))
         self.open_masks: Tensor
         self.register_buffer("open_masks", torch.tensor(False))
         self._open = False
@@ -172,9 +180,23 @@ class SparseEffects(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._open = bool(self.open_masks)
 
-    def _diagonal_sd(self, index: Tensor | slice = slice(None)) -> Tensor:
-        """Return the standard deviations of the independent part of q(e)."""
-        return self.log_sd[index].exp() + VARIANCE_FLOOR
+    def set_typical_dose(self, doses: Tensor) -> None:
+        """Set the dose of each component whose shifts are learned, ``(components,)``; zeros take the median of others.
+
+        Without it, doses of 100 would need effects, and steps of the optimiser, of a hundredth.
+        """
+        given = doses > 0
+        if given.any():
+            self.typical_dose.copy_(torch.where(given, doses, doses[given].median())[:, None])
+
+    def _diagonal(self, index: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the independent part of q(e)."""
+        unit = self.typical_dose[index]
+        return self.loc[index] / unit, (self.log_sd[index].exp() + VARIANCE_FLOOR) / unit
+
+    def _factor(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """Return the factor of the covariance of q(e), ``(components, latents, rank)``."""
+        return self.factor[index] / self.typical_dose[index][..., None]
 
     def posterior(self, mask: Tensor, components: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of every entry in q(e | m).
@@ -190,10 +212,11 @@ class SparseEffects(nn.Module):
         if self.embedding_inference == "correlated":
             h = F.leaky_relu(self.from_mask(mask) + self.identity.weight[index], SLOPE)
             h = h + F.leaky_relu(self.second(h), SLOPE)
-            return self.head(h)
-        mean, sd = self.loc[index], self._diagonal_sd(index)
+            mean, sd = self.head(h)
+            return mean / self.typical_dose[index], sd / self.typical_dose[index]
+        mean, sd = self._diagonal(index)
         if self.embedding_inference == "low_rank":
-            sd = (sd.square() + self.factor[index].square().sum(-1)).sqrt()
+            sd = (sd.square() + self._factor(index).square().sum(-1)).sqrt()
         elif self.embedding_inference == "gated":
             on = mask > 0.5
             return mean.where(on, torch.zeros_like(mean)), sd.where(on, torch.full_like(sd, self.effect_prior_scale))
@@ -208,10 +231,10 @@ class SparseEffects(nn.Module):
         if self.embedding_inference == "correlated":
             mean, sd = self.posterior(mask)
         else:
-            mean, sd = self.loc, self._diagonal_sd()
+            mean, sd = self._diagonal()
         effect = mean + sd * torch.randn(mask.shape, generator=generator, device=mask.device)
         if self.embedding_inference == "low_rank":
-            factor = self.factor
+            factor = self._factor()
             noise = torch.randn((n_samples, len(factor), factor.shape[-1]), generator=generator, device=mask.device)
             effect = effect + torch.einsum("tlr,str->stl", factor, noise)
             kl = low_rank_kl(mean, sd, factor, self.effect_prior_scale).expand(n_samples, -1)
@@ -224,9 +247,15 @@ class SparseEffects(nn.Module):
             kl = each.sum(-1).expand(n_samples, -1)
         if not self.open:
             kl = kl + self._masks_kl(mask)
-        return EffectSample(mask * effect, kl)
+        return EffectSample(mask * effect, kl, mask)
 
-    def draw(self, components: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
+    def draw(
+        self,
+        components: Tensor,
+        uniform: Tensor,
+        normal: Tensor,
+        deviation: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return ``m * e`` of some components from given noise, ``(cells, components, latents)``.
 
         Parameters
@@ -235,12 +264,17 @@ class SparseEffects(nn.Module):
             Indices, ``(components,)``.
         uniform, normal
             Noise, ``(cells, components, latents)``: one posterior draw a cell.
+        deviation
+            Mean and standard deviation of independent Gaussians that are added to the effects, ``(components,
+            latents)``. The sum has the covariances' sum, so it needs no noise of its own.
         """
         mask = (uniform < self.inclusion[components]).to(normal.dtype)
-        if self.embedding_inference == "low_rank":
-            noise = low_rank_noise(self._diagonal_sd(components), self.factor[components], normal)
-            return mask * (self.loc[components] + noise)
-        mean, sd = self.posterior(mask, components)
+        low_rank = self.embedding_inference == "low_rank"
+        mean, sd = self._diagonal(components) if low_rank else self.posterior(mask, components)
+        if deviation is not None:
+            mean, sd = mean + deviation[0], (sd.square() + deviation[1].square()).sqrt()
+        if low_rank:
+            return mask * (mean + low_rank_noise(sd, self._factor(components), normal))
         return mask * (mean + sd * normal)
 
     def expected(self, n_samples: int = 256) -> Tensor:
@@ -249,8 +283,9 @@ class SparseEffects(nn.Module):
         Outside training the value is kept until a parameter changes, because getters ask for it once a minibatch.
         """
         if self.embedding_inference != "correlated":
-            return self.inclusion * self.loc
-        version = (self.mask_logits.device, n_samples, self.open, *(p._version for p in self.parameters()))
+            return self.inclusion * self.loc / self.typical_dose
+        tensors = (*self.parameters(), self.typical_dose)
+        version = (self.mask_logits.device, n_samples, self.open, *(t._version for t in tensors))
         if torch.is_grad_enabled() or self._kept is None or self._kept[0] != version:
             generator = torch.Generator(self.mask_logits.device).manual_seed(0)
             total = torch.zeros_like(self.mask_logits)
@@ -275,7 +310,7 @@ class SparseEffects(nn.Module):
         """
         if self.embedding_inference != "correlated":
             self.loc.copy_(self.loc @ rotation)
-            variance = self._diagonal_sd().square() @ rotation.square()
+            variance = (self.log_sd.exp() + VARIANCE_FLOOR).square() @ rotation.square()
             self.log_sd.copy_((variance.sqrt() - VARIANCE_FLOOR).clamp(min=VARIANCE_FLOOR).log())
             if self.embedding_inference == "low_rank":
                 self.factor.copy_(rotation.T @ self.factor)
@@ -288,27 +323,32 @@ class SparseEffects(nn.Module):
             self.head.rotate(rotation, h.mean(0))
 
     @torch.no_grad()
-    def start_masks(self, energy: float) -> float:
+    def start_masks(self, energy: float, size: Tensor | None = None, evidence: Tensor | float = 0.0) -> float:
         """Switch masks on, from the dense effects: the largest that are significant are open, others at the prior.
 
         Parameters
         ----------
         energy
-            Share of the sum of squared effects that the largest ones carry. Relative, because the size of effects
+            Share of the sum of squared shifts that the largest ones carry. Relative, because the size of effects
             differs between screens. Significant is a mask whose posterior log-odds, the prior's plus the log Bayes
             factor ``log N(0; 0, scale^2) / N(0; mean, sd^2)`` (Savage-Dickey), are positive.
+        size
+            Sizes of the shifts, ``(components, latents)``; by default those by the effects at their typical doses.
+        evidence
+            What else the mask switches adds to the log Bayes factor, ``(components, latents)``.
 
         Returns
         -------
-        Size of the smallest effect among the largest, in units of the latents.
+        Size of the smallest shift among the largest, in units of the latents.
         """
         mean, sd = self.posterior(torch.ones_like(self.mask_logits))
-        largest = mean.abs().flatten().sort(descending=True).values
+        size = mean.abs() * self.typical_dose if size is None else size
+        largest = size.flatten().sort(descending=True).values
         share = largest.square().cumsum(0) / largest.square().sum().clamp(min=1e-12)
         threshold = largest[int((share < energy).sum().clamp(max=len(largest) - 1))]
-        odds = self.base_logit + 0.5 * (mean / sd).square() + torch.log(sd / self.effect_prior_scale)
+        odds = self.base_logit + 0.5 * (mean / sd).square() + torch.log(sd / self.effect_prior_scale) + evidence
         closed = torch.full_like(odds, self.base_logit)
-        starts_open = (mean.abs() >= threshold) & (odds > 0)
+        starts_open = (size >= threshold) & (odds > 0)
         self.mask_logits.copy_(torch.where(starts_open, odds.clamp(max=START_LOGIT), closed))
         self.open = False
         return float(threshold)

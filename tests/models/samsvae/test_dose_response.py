@@ -221,8 +221,178 @@ def test_save_and_load(model_of: Callable, quiet: dict, dosed: AnnData, tmp_path
 
 
 def test_arguments(model_of: Callable, quiet: dict, dosed: AnnData) -> None:
-    with pytest.raises(ValueError, match=r"dose_response='hil' is not one of \['linear', 'hill'\]"):
+    with pytest.raises(ValueError, match=r"dose_response='hil' is not one of \['linear', 'hill', 'categories'\]"):
         model_of(dosed, dose_response="hil")
     model = trained(model_of, quiet, dosed, dose_response="linear")
     with pytest.raises(ValueError, match="dose_response='hill'"):
         model.get_dose_response()
+    with pytest.raises(ValueError, match="dose_levels=... needs dose_response='categories'"):
+        model_of(dosed, dose_response="hill", dose_levels=[("P001", 0.5)])
+
+
+# ------------------------------------------------------------------------ doses as categories
+
+
+def categories(
+    model_of: Callable, quiet: dict, adata: AnnData, cls: type = pv.SAMSVAE, train: dict | None = None, **arguments: Any
+) -> Any:
+    scvi.settings.seed = 0
+    adata = adata.copy()
+    cls.setup_anndata(adata, perturbation_key="perturbation", control="control", dosage_key="dose")
+    model = cls(adata, **({"n_latent": 5, "n_hidden": 16, "dose_response": "categories"} | arguments))
+    model.train(**({"max_epochs": 4, "batch_size": 64, "split_key": "split"} | (train or {})), **quiet)
+    return model
+
+
+def test_categories_are_the_doses_of_the_data(model_of: Callable, quiet: dict, dosed: AnnData) -> None:
+    """Those of test cells have a place, but are not known."""
+    model = categories(model_of, quiet, dosed)
+    levels = model.module.levels
+    given = [0.25, 0.5, 2.0]
+    assert model.init_params_["non_kwargs"]["dose_levels"] == [(p, d) for p in model.perturbation_names for d in given]
+    known = {(p, d) for p in model.perturbation_names for d in given} - {("P001", 2.0)}
+    table = model.get_dose_response()
+    assert set(table.index) == known
+    assert table.index.names == ["perturbation", "dose"]
+    train = model.adata[model.train_indices].obs
+    has = train["perturbation"].astype(str).str.split("+")
+    for name, dose in known:
+        n = sum(name in labels and d == dose for labels, d in zip(has, train["dose"], strict=True))
+        assert table.loc[(name, dose), "n_cells"] == n
+        row = torch.zeros(1, 8)
+        row[0, model.perturbation_names.index(name)] = dose
+        np.testing.assert_allclose(table.loc[(name, dose), "size"], model.module.offset(row).detach().norm(), rtol=1e-4)
+    assert int(levels.free.sum()) == len(known)
+    # more training cells make the dose known
+    model.train(max_epochs=1, batch_size=64, train_size=0.9, **quiet)
+    assert ("P001", 2.0) in model.get_dose_response().index
+
+
+def test_unknown_doses_raise_before_anything_runs(
+    model_of: Callable, quiet: dict, dosed: AnnData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = categories(model_of, quiet, dosed)
+    monkeypatch.setattr(model, "_validate_anndata", lambda *a, **k: pytest.fail("ran"))
+    for name in ("predict_perturbation", "get_treatment_effects"):
+        ask = getattr(model, name)
+        with pytest.raises(ValueError, match=r"'P001' at dose 2 \(in 'high'\).* The nearest: 0\.25, 0\.5\. .*'hill'"):
+            ask(pd.DataFrame({"P002": [0.5], "P001": [2.0]}, index=["high"]))
+        with pytest.raises(ValueError, match=r"'P002' at dose 1 \(in 'P002'\).*nearest: 0\.25, 0\.5, 2\. .*DataFrame"):
+            ask(["P002"])
+        with pytest.raises(ValueError, match="not known|unknown|is not"):
+            ask(["P999"])
+
+
+def test_perturbations_without_training_cells_raise(model_of: Callable, quiet: dict, dosed: AnnData) -> None:
+    dosed.obs.loc[dosed.obs["perturbation"].astype(str).str.contains("P002"), "split"] = "test"
+    model = categories(model_of, quiet, dosed)
+    with pytest.raises(ValueError, match="No training cell was given 'P002' \\(in 'low'\\)"):
+        model.predict_perturbation(pd.DataFrame({"P002": [0.5]}, index=["low"]))
+    assert "P002" not in model.get_treatment_effects(n_samples=3, key_added=None).mean.index.str[:4]
+
+
+@pytest.mark.parametrize("cls", [pv.SAMSVAE, pv.CPAVAE])
+def test_categories_predict_and_are_saved(
+    model_of: Callable, quiet: dict, dosed: AnnData, tmp_path: Path, cls: Any
+) -> None:
+    model = categories(model_of, quiet, dosed, cls)
+    rows = pd.DataFrame({"P002": [0.25, 2.0, 0.5], "P003": [0.0, 0.0, 2.0]}, index=["low", "high", "both"])
+    again = cls.load(str(_saved(model, tmp_path)), model.adata, accelerator="cpu")
+    a, b = (m.predict_perturbation(rows, n_cells=30, key_added=None) for m in (model, again))
+    np.testing.assert_array_equal(a.X.toarray(), b.X.toarray())
+    assert a.n_obs == 120
+    pd.testing.assert_frame_equal(again.get_dose_response(), model.get_dose_response())
+    # without data, or with data that have fewer doses, the levels are those of the training
+    bare = cls.load(str(tmp_path / "model"), adata=False, accelerator="cpu")
+    pd.testing.assert_frame_equal(bare.get_dose_response(), model.get_dose_response())
+    few = model.adata[model.adata.obs["dose"] == 0.5].copy()
+    other = cls.load(str(tmp_path / "model"), few, accelerator="cpu")
+    c = other.predict_perturbation(rows, n_cells=10, key_added=None)
+    assert c.n_obs == 40
+    # test cells at a dose that is not known are described by the effect of the other doses
+    unknown = np.flatnonzero((model.adata.obs["perturbation"] == "P001") & (model.adata.obs["dose"] == 2.0))
+    shift = model.get_latent_representation(indices=unknown, kind="perturbation")
+    shared = (model.module.effects.expected() + model.module.leak)[0].detach()
+    np.testing.assert_allclose(shift, shared.expand(len(unknown), -1), atol=1e-6)
+    assert (
+        model.get_latent_representation(kind="perturbation")[model.adata.obs["perturbation"] == "control"] == 0
+    ).all()
+
+
+def _saved(model: Any, folder: Path) -> Path:
+    model.save(folder / "model")
+    return folder / "model"
+
+
+def test_treatment_effects_name_each_dose_and_their_intervals_hold_its_deviation(
+    model_of: Callable, quiet: dict, dosed: AnnData
+) -> None:
+    dosed.obs.loc[dosed.obs["perturbation"].astype(str).str.contains("P002"), "dose"] = 0.5
+    model = categories(model_of, quiet, dosed, pv.CPAVAE, leak_correction=False)
+    effects = model.get_treatment_effects(n_samples=5)
+    assert list(effects.mean.index[:4]) == ["P001 (0.25)", "P001 (0.5)", "P002", "P003 (0.25)"]
+    with torch.no_grad():
+        model.module.effects.log_sd.fill_(-6.0)
+        model.module.levels.log_sd.fill_(-6.0)
+    narrow = model.get_treatment_effects(n_samples=40, key_added=None)
+    with torch.no_grad():
+        model.module.levels.log_sd.fill_(-1.0)
+    wide = model.get_treatment_effects(n_samples=40, key_added=None)
+    width = ((wide.upper - wide.lower) / (narrow.upper - narrow.lower)).median(axis=1)
+    assert width["P003 (0.25)"] > 20
+    np.testing.assert_allclose(width["P002"], 1.0)
+    paper = model.get_treatment_effects(n_samples=50, protocol="paper", key_added=None)
+    assert list(paper.mean.index) == list(wide.mean.index)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"embedding_inference": "correlated", "n_particles": 2},
+        {"embedding_inference": "gated", "sparsify": "published", "global_kl": "plate"},
+        {"embedding_inference": "low_rank", "basal_inference": "mean_field"},
+        {"objective": "iwae", "n_particles": 3, "mask_gradient": "identity"},
+        {"basal_posterior": "flow", "mask_hyperprior": "perturbation"},
+        {"gene_likelihood": "normal"},
+    ],
+)
+def test_categories_with_other_options(model_of: Callable, quiet: dict, dosed: AnnData, options: dict) -> None:
+    model = categories(model_of, quiet, dosed, **options)
+    assert (model.module.levels.loc != 0).any()
+    table = model.get_dose_response()
+    assert np.isfinite(table).all(axis=None)
+    assert np.isfinite(model.get_marginal_ll(n_mc_samples=4))
+    assert np.isfinite(model.get_elbo())
+    assert np.isfinite(model.get_perturbation_programs().effects).all(axis=None)
+    model.predict_perturbation(pd.DataFrame({"P002": [0.25]}, index=["low"]), n_cells=5)
+    assert np.isfinite(model.adata.uns["samsvae_predictions"]).all(axis=None)
+
+
+def test_numbers_of_categories_do_not_matter(model_of: Callable, quiet: dict, dosed: AnnData) -> None:
+    other = dosed.copy()
+    other.obs["dose"] = other.obs["dose"].map({0.25: 7.0, 0.5: 9.5, 2.0: 1000.0})
+    a, b = (categories(model_of, quiet, d) for d in (dosed, other))
+    for name, value in a.module.state_dict().items():
+        if name != "levels.dose":
+            assert torch.equal(value, b.module.state_dict()[name]), name
+
+
+def test_categories_without_data(model_of: Callable, quiet: dict, dosed: AnnData) -> None:
+    model = model_of(dosed, {"dosage_key": "dose"}, dose_response="categories")
+    registry = model.adata_manager.registry
+    with pytest.raises(ValueError, match=r"without data needs dose_levels=\[\(perturbation, dose\)"):
+        pv.SAMSVAE(registry=registry, dose_response="categories")
+    made = pv.SAMSVAE(registry=registry, dose_response="categories", dose_levels=[("P002", 0.1), ("P002", 3)])
+    assert made.module.levels.levels() == [(1, float(np.float32(0.1))), (1, 3.0)]
+    with pytest.raises(ValueError, match="'P02' is not a registered perturbation. Did you mean 'P002'"):
+        model_of(dosed, {"dosage_key": "dose"}, dose_response="categories", dose_levels=[("P02", 1.0)])
+    with pytest.raises(ValueError, match=r"dose -1\.0 of 'P002' is not positive"):
+        model_of(dosed, {"dosage_key": "dose"}, dose_response="categories", dose_levels=[("P002", -1.0)])
+    with pytest.raises(ValueError, match="dose_deviation_scale=0 is not positive"):
+        model_of(dosed, {"dosage_key": "dose"}, dose_response="categories", dose_deviation_scale=0)
+
+
+def test_continuous_doses_warn(model_of: Callable, dosed: AnnData) -> None:
+    dosed.obs["dose"] = np.random.default_rng(0).uniform(0.1, 1.0, dosed.n_obs)
+    with pytest.warns(UserWarning, match=r"has \d+ doses, and dose_response='categories' learns an effect of each"):
+        model_of(dosed, {"dosage_key": "dose"}, dose_response="categories")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,8 @@ class TrainingStatistics:
         Training cells.
     max_active
         Non-zero doses a training cell has at most; 0 when not known.
-    largest_dose
-        Largest dose of each component among the training cells, 0 without any; ``None`` if not known.
+    cells_per_dose
+        Training cells of each pair of a component (its index) and a dose; ``None`` if not known.
     """
 
     input_mean: np.ndarray
@@ -77,8 +77,18 @@ class TrainingStatistics:
     output_log_scale: np.ndarray
     cells_per_component: np.ndarray
     n_cells: int
-    largest_dose: np.ndarray | None = None
+    cells_per_dose: Mapping[tuple[int, float], int] | None = None
     max_active: int = 0
+
+    def dose_sizes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the largest dose and the root mean square of the non-zero doses of each component, 0 without any."""
+        if self.cells_per_dose is None:
+            return None
+        largest, squares = np.zeros((2, len(self.cells_per_component)))
+        for (component, dose), n in self.cells_per_dose.items():
+            largest[component] = max(largest[component], dose)
+            squares[component] += n * dose**2
+        return largest, np.sqrt(squares / np.maximum(self.cells_per_component, 1))
 
 
 class PerturbationModule(BaseModuleClass):

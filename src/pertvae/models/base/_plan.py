@@ -18,6 +18,7 @@ from scvi.train import TrainingPlan
 
 from pertvae._constants import PERTURBATION_REGISTRY_KEY
 from pertvae._expression import row_blocks
+from pertvae.data import distinct_doses
 from pertvae.models.base._module import PerturbationModule, TrainingStatistics
 
 THETA_RANGE = (1e-3, 1e2)
@@ -47,7 +48,7 @@ def training_statistics(manager: AnnDataManager, cells: np.ndarray, log1p: bool)
             seen.add(values.log1p() if sp.issparse(values) else np.log1p(values))
     if not log1p:
         seen = raw
-    doses = manager.get_from_registry(PERTURBATION_REGISTRY_KEY)[cells]
+    doses = sp.csr_matrix(manager.get_from_registry(PERTURBATION_REGISTRY_KEY)[cells])
     if log1p:
         share = (raw.total + 0.5) / (raw.total + 0.5).sum()
         bias, log_scale = np.log(share * len(share)), np.log(raw.inverse_dispersion())
@@ -61,7 +62,7 @@ def training_statistics(manager: AnnDataManager, cells: np.ndarray, log1p: bool)
         cells_per_component=np.bincount(doses.indices[doses.data != 0], minlength=doses.shape[1]),
         n_cells=len(cells),
         max_active=int((doses != 0).sum(axis=1).max()),
-        largest_dose=np.asarray(doses.max(axis=0).todense()).ravel(),
+        cells_per_dose=distinct_doses(doses),
     )
 
 

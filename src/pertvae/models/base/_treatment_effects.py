@@ -28,6 +28,10 @@ SPACES = {"matched": ("log1p_cp10k", "log2_cp10k", "log2_fold_change"), "paper":
 class TreatmentEffectsMixin:
     """``get_treatment_effects`` of every model."""
 
+    def _default_perturbations(self) -> list[str] | pd.DataFrame:
+        """Return the labels or doses that are asked for when nothing is: every component."""
+        return cast("PerturbationModel", self).perturbation_names
+
     @torch.inference_mode()
     def get_treatment_effects(
         self,
@@ -48,7 +52,8 @@ class TreatmentEffectsMixin:
         Parameters
         ----------
         perturbations
-            Labels or doses as in :meth:`predict_perturbation`; every component by default.
+            Labels or doses as in :meth:`predict_perturbation`; every component by default (with
+            ``dose_response="categories"`` at each of its training doses).
         n_samples
             Posterior draws (100) or, with ``protocol="paper"``, particles (2,500); more make intervals steadier.
         space
@@ -109,8 +114,9 @@ class TreatmentEffectsMixin:
         if n_samples < 2:
             raise ValueError(f"n_samples={n_samples}: an interval needs at least 2 draws.")
         requests, _ = parse_requests(
-            model, model.perturbation_names if perturbations is None else perturbations, "raise"
+            model, model._default_perturbations() if perturbations is None else perturbations, "raise"
         )
+        model._check_requests(requests)
         adata = model._validate_anndata(None)
         compute = paper_effects if protocol == "paper" else _matched_effects
         tables = compute(model, requests, n_samples, space_, credible, seed)

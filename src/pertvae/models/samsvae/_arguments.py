@@ -19,13 +19,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "combinations": ("sum", "unique"),
     "sparsify": ("rotate", "published"),
     "mask_hyperprior": (None, "perturbation", "latent"),
-    "dose_response": ("linear", "hill"),
+    "dose_response": ("linear", "hill", "categories"),
     "basal_posterior": ("gaussian", "flow"),
     "objective": ("elbo", "iwae"),
 }
 """What each argument accepts."""
 SMALLEST = {"n_latent": 1, "n_hidden": 1, "n_layers": 1, "n_layers_decoder": 0, "n_particles": 1, "embedding_rank": 1}
-POSITIVE = ("effect_prior_scale",)
+POSITIVE = ("effect_prior_scale", "dose_deviation_scale")
 NOT_NEGATIVE = ("effect_threshold", "effect_start")
 
 

@@ -39,10 +39,10 @@ class ShiftedLatentModule(PerturbationModule):
     cell are weighed by importance."""
 
     max_active: int = 0
-    """Components a training cell has at most; 0 before the fit."""
+    """Treatments a training cell has at most; 0 before the fit."""
 
     def set_training_statistics(self, statistics: TrainingStatistics) -> None:
-        """Fill the buffers, and note how many components a training cell has at most."""
+        """Fill the buffers, and note how many treatments a training cell has at most: its components."""
         self.max_active = statistics.max_active
         super().set_training_statistics(statistics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ class CPAVAEModule(SAMSVAEModule):
     shape
         Sizes of the registered data.
     effect_threshold
-        Size of an effect that counts in the inclusion probability.
+        Size of a shift, by a typical dose, that counts in the inclusion probability.
     **kwargs
         See :class:`~pertvae.models.samsvae._module.SAMSVAEModule`.
     """
@@ -45,11 +46,23 @@ class CPAVAEModule(SAMSVAEModule):
         return []
 
     def program_tables(self) -> tuple[Tensor, Tensor]:
-        """Return ``E[e]`` and the posterior probability that an effect is larger than the threshold."""
+        """Return ``E[e]`` and the posterior probability that its shift, by a typical dose, is above the threshold.
+
+        Where doses are categories it is that of the dose for which it is largest.
+        """
         mean, sd = self.effects.posterior(torch.ones_like(self.effects.mask_logits))
+        inclusion = self._above(mean * self.effects.typical_dose, sd * self.effects.typical_dose)
+        if self.levels is not None:
+            deviation, spread = self.levels.posterior()
+            of = self.levels.component
+            by_level = self._above(mean[of] + deviation, (sd[of].square() + spread.square()).sqrt())
+            inclusion = self.levels.largest(inclusion, by_level)
+        return mean, inclusion
+
+    def _above(self, mean: Tensor, sd: Tensor) -> Tensor:
+        """Return the probability that a normal number is larger than the threshold, of either sign."""
         normal = torch.distributions.Normal(0.0, 1.0, validate_args=False)
-        above = normal.cdf((mean - self.effect_threshold) / sd) + normal.cdf((-mean - self.effect_threshold) / sd)
-        return mean, above
+        return normal.cdf((mean - self.effect_threshold) / sd) + normal.cdf((-mean - self.effect_threshold) / sd)
 
 
 class CPAVAE(AdditiveMixin, PerturbationModel):
@@ -68,7 +81,7 @@ class CPAVAE(AdditiveMixin, PerturbationModel):
     n_latent, n_hidden, n_layers, n_layers_decoder, n_particles, gene_likelihood
         As in :class:`~pertvae.SAMSVAE`.
     effect_prior_scale
-        Prior standard deviation of effects, in units of the basal state's prior standard deviation.
+        Prior standard deviation of the effects of a dose of 1, in units of the basal state's prior standard deviation.
     embedding_inference
         Posterior of the effects: ``"mean_field"`` (published) or ``"low_rank"``.
     basal_inference
@@ -79,9 +92,10 @@ class CPAVAE(AdditiveMixin, PerturbationModel):
     embedding_rank
         Rank of the covariance of ``embedding_inference="low_rank"``.
     effect_threshold
-        An effect counts in ``inclusion`` with its posterior probability of being larger than this, in units of the
-        basal state's prior standard deviation.
-    dose_response, basal_posterior, objective, leak_correction
+        An effect counts in ``inclusion`` with the posterior probability that its shift by a typical dose (the root mean
+        square of the perturbation's training doses; of categories the one that moves it most) is larger than this, in
+        units of the basal state's prior standard deviation.
+    dose_response, dose_deviation_scale, dose_levels, basal_posterior, objective, leak_correction
         As in :class:`~pertvae.SAMSVAE`.
 
     Raises
@@ -122,7 +136,9 @@ class CPAVAE(AdditiveMixin, PerturbationModel):
         global_kl: Literal["full", "plate"] = "full",
         embedding_rank: int = 4,
         effect_threshold: float = 0.5,
-        dose_response: Literal["linear", "hill"] = "linear",
+        dose_response: Literal["linear", "hill", "categories"] = "linear",
+        dose_deviation_scale: float = 0.5,
+        dose_levels: Sequence[tuple[str, float]] | None = None,
         basal_posterior: Literal["gaussian", "flow"] = "gaussian",
         objective: Literal["elbo", "iwae"] = "elbo",
         leak_correction: bool = True,
@@ -130,6 +146,8 @@ class CPAVAE(AdditiveMixin, PerturbationModel):
         arguments = own_arguments(locals())
         super().__init__(adata, registry)
         check_arguments(arguments, embedding_inference=("mean_field", "low_rank"))
+        dose_levels = self._dose_levels(dose_response, dose_levels)
+        arguments["dose_levels"] = self._indexed_levels(dose_levels)
         self.module = CPAVAEModule(self._module_shape(gene_likelihood), **without(arguments, ("leak_correction",)))
         self.leak_correction = leak_correction
         self._model_summary_string = summary(self)

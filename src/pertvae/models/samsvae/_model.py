@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pandas as pd
@@ -43,7 +44,8 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         Prior probability that a perturbation touches a latent. The paper's reported value; a larger one finds weaker
         effects and, where nothing happens, more that are not there.
     effect_prior_scale
-        Prior standard deviation of effects, in units of the basal state's prior standard deviation.
+        Prior standard deviation of the effects of a dose of 1, in units of the basal state's prior standard deviation:
+        scale doses to about 1, or this to their inverse.
     embedding_inference
         Posterior of the effects: ``"mean_field"``, or ``"correlated"`` with the mask (a network reads it), ``"gated"``
         by the mask (effects that are off keep the prior and cost nothing), or ``"low_rank"`` (the effects of one
@@ -70,7 +72,15 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
     dose_response
         ``"linear"``: a shift is the dose times the effect. ``"hill"``: the effect is that of the perturbation's
         largest training dose, and smaller doses have a share of it that follows a Hill curve of their perturbation,
-        learned with it (not in the paper).
+        learned with it (not in the paper). ``"categories"``: each training dose of a perturbation has an effect of its
+        own, whose size the dose says nothing about: the perturbation's effect plus a deviation, under one mask (not in
+        the paper). Other doses cannot be predicted.
+    dose_deviation_scale
+        Prior standard deviation of the deviations of ``"categories"``, as a share of ``effect_prior_scale``. Towards 0
+        all doses have the same effect.
+    dose_levels
+        Perturbation and dose of each category, by default all doses that occur in the registered data (kept when the
+        model is saved).
     basal_posterior
         ``"gaussian"``: diagonal Gaussian. ``"flow"``: a conditional normalising flow on top of it, for posteriors that
         are correlated, curved or have two modes; its KL is estimated at the draws (not in the paper).
@@ -124,7 +134,9 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         sparsify: Literal["rotate", "published"] = "rotate",
         embedding_rank: int = 4,
         mask_hyperprior: Literal["perturbation", "latent"] | None = None,
-        dose_response: Literal["linear", "hill"] = "linear",
+        dose_response: Literal["linear", "hill", "categories"] = "linear",
+        dose_deviation_scale: float = 0.5,
+        dose_levels: Sequence[tuple[str, float]] | None = None,
         basal_posterior: Literal["gaussian", "flow"] = "gaussian",
         objective: Literal["elbo", "iwae"] = "elbo",
         leak_correction: bool = True,
@@ -134,6 +146,8 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         check_arguments(arguments)
         if not 0 < mask_prior < 1:
             raise ValueError(f"mask_prior={mask_prior} is not a probability strictly between 0 and 1.")
+        dose_levels = self._dose_levels(dose_response, dose_levels)
+        arguments["dose_levels"] = self._indexed_levels(dose_levels)
         shape = self._module_shape(gene_likelihood)
         self.module = SAMSVAEModule(shape, **without(arguments, ("sparsify", "leak_correction")))
         self.sparsify = sparsify

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pertvae.models.base import ModuleShape, TrainingStatistics
 from pertvae.models.samsvae._common import GlobalKL, Objective, ShiftedLatentModule
-from pertvae.nn import MLP, ConditionalFlow, EffectSample, GaussianHead, HillResponse, SparseEffects
+from pertvae.nn import MLP, ConditionalFlow, DoseDeviations, EffectSample, GaussianHead, HillResponse, SparseEffects
 
 BasalInference = Literal["mean_field", "correlated"]
 BasalPosterior = Literal["gaussian", "flow"]
-DoseResponse = Literal["linear", "hill"]
+DoseResponse = Literal["linear", "hill", "categories"]
 MEAN_DRAWS = 64
 """Draws that mean and standard deviation of a flow are taken over: 32 and their mirror images."""
 
@@ -43,6 +43,11 @@ class SAMSVAEModule(ShiftedLatentModule):
         ``"full"`` has the lower variance and draws components without training cells to the prior.
     dose_response
         ``"linear"``: effects are multiplied by doses. ``"hill"``: by :class:`~pertvae.nn.HillResponse` of them.
+        ``"categories"``: doses are not multiplied by, each of them adds its :class:`~pertvae.nn.DoseDeviations`.
+    dose_levels
+        Component (its index) and dose of each level, for ``"categories"``.
+    dose_deviation_scale
+        Prior standard deviation of the deviations, as a share of ``effect_prior_scale``.
     basal_posterior
         ``"gaussian"``, or ``"flow"``: :class:`~pertvae.nn.ConditionalFlow` that reads the encoder's last hidden layer.
     objective
@@ -67,6 +72,8 @@ class SAMSVAEModule(ShiftedLatentModule):
         embedding_rank: int = 4,
         mask_hyperprior: Any = None,
         dose_response: DoseResponse = "linear",
+        dose_levels: Sequence[tuple[int, float]] | None = None,
+        dose_deviation_scale: float = 0.5,
         basal_posterior: BasalPosterior = "gaussian",
         objective: Objective = "elbo",
         **kwargs: Any,
@@ -95,16 +102,48 @@ class SAMSVAEModule(ShiftedLatentModule):
         # made last, so that the others start from the same random numbers with and without them
         self.hill = HillResponse(shape.n_components) if dose_response == "hill" else None
         self.flow = ConditionalFlow(n_latent, n_hidden) if basal_posterior == "flow" else None
+        self.levels: DoseDeviations | None = None
+        if dose_response == "categories":
+            self.levels = DoseDeviations(dose_levels or (), n_latent, dose_deviation_scale * effect_prior_scale)
 
     def set_training_statistics(self, statistics: TrainingStatistics) -> None:
-        """Fill the buffers; the first fit also sets the doses at which the response is 1, for good."""
-        if self.hill is not None and statistics.largest_dose is not None and not bool(self.started):
-            self.hill.set_largest_dose(torch.as_tensor(statistics.largest_dose, dtype=torch.float32))
+        """Fill the buffers; the first fit also sets the doses that effects belong to, for good."""
+        sizes = statistics.dose_sizes()
+        if self.levels is not None and statistics.cells_per_dose is not None:
+            self.levels.set_cells(statistics.cells_per_dose)
+        elif sizes is not None and not bool(self.started):
+            largest, typical = (torch.as_tensor(d, dtype=torch.float32) for d in sizes)
+            if self.hill is not None:
+                self.hill.set_largest_dose(largest)
+            else:
+                self.effects.set_typical_dose(typical)
         super().set_training_statistics(statistics)
+        if self.levels is not None:
+            self.max_active *= 2
 
     def respond(self, doses: Tensor, components: Tensor | None = None) -> Tensor:
-        """Return the doses, or the Hill response to them."""
+        """Return the doses, the Hill response to them, or whether there is one."""
+        if self.levels is not None:
+            return (doses > 0).to(doses.dtype)
         return doses if self.hill is None else self.hill(doses, components)
+
+    def treatments(self, doses: Tensor) -> Tensor:
+        """Return the doses; after them, where doses are categories, which of the levels a cell has."""
+        return doses if self.levels is None else torch.cat([doses, self.levels(doses)], dim=-1)
+
+    @property
+    def cells_per_treatment(self) -> Tensor:
+        """Training cells of each component, and of each level."""
+        cells = self.cells_per_component
+        return cells if self.levels is None else torch.cat([cells, self.levels.cells])
+
+    def expected_effects(self) -> Tensor:
+        """Return what moves the latents by each of the treatments, in the mean, ``(treatments, latents)``."""
+        expected = self.effects.expected()
+        if self.levels is None:
+            return expected
+        inclusion = self.effects.inclusion[self.levels.component]
+        return torch.cat([expected, inclusion * self.levels.posterior()[0]])
 
     def hidden(self, x: Tensor, offset: Tensor, covariates: Tensor | None) -> Tensor:
         """Return the encoder's last hidden layer."""
@@ -151,9 +190,9 @@ class SAMSVAEModule(ShiftedLatentModule):
 
     def _basal(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return hidden layer, mean and sd of the encoder at the effects' expected shift, and each cell's leak."""
-        response = self.respond(inputs["doses"])
-        h = self.hidden(inputs["x"], response @ self.effects.expected(), self.covariates_of(inputs))
-        return h, *self.basal(h), response @ self.leak
+        response = self.respond(self.treatments(inputs["doses"]))
+        h = self.hidden(inputs["x"], response @ self.expected_effects(), self.covariates_of(inputs))
+        return h, *self.basal(h), response[..., : len(self.leak)] @ self.leak
 
     def basal_posterior(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of q(z_basal) at the expected shift of the cell's label, less the leak.
@@ -198,12 +237,14 @@ class SAMSVAEModule(ShiftedLatentModule):
 
     def offset(self, doses: Tensor) -> Tensor:
         """Return the expected latent shift ``sum_t h_t(d_t) (E[m_t e_t] + leak_t)``, ``(cells, latents)``."""
-        return self.respond(doses) @ (self.effects.expected() + self.leak)
+        response = self.respond(self.treatments(doses))
+        return response @ self.expected_effects() + response[..., : len(self.leak)] @ self.leak
 
     def draw_offset(self, components: Tensor, doses: Tensor, uniform: Tensor, normal: Tensor) -> Tensor:
         """Return one posterior draw a cell of ``sum_t h_t(d_t) (m_t e_t + leak_t)``, ``(cells, latents)``."""
-        drawn = (self.respond(doses, components)[:, None] * self.effects.draw(components, uniform, normal)).sum(1)
-        return drawn + self.leak_shift(components, doses)
+        deviation = None if self.levels is None else self.levels.posterior_at(components, doses)
+        effect = self.effects.draw(components, uniform, normal, deviation)
+        return (self.respond(doses, components)[:, None] * effect).sum(1) + self.leak_shift(components, doses)
 
     @torch.no_grad()
     def rotate(self, rotation: Tensor) -> None:
@@ -218,6 +259,8 @@ class SAMSVAEModule(ShiftedLatentModule):
             Orthogonal, ``(n_latent, n_latent)``.
         """
         self.effects.rotate(rotation)
+        if self.levels is not None:
+            self.levels.rotate(rotation)
         self.leak.copy_(self.leak @ rotation)
         self.leak_sd.copy_((self.leak_sd.square() @ rotation.square()).sqrt())
         self.decoder.rotate_latent(rotation)
@@ -227,6 +270,22 @@ class SAMSVAEModule(ShiftedLatentModule):
             self.flow.rotate(rotation)
         self.encoder.first.rotate_input(1, rotation)
 
+    def dense_shifts(self) -> Tensor:
+        """Return the shifts by components at typical doses, or by the levels of doses, ``(shifts, latents)``.
+
+        At those doses, because effects are those of a dose of 1: sizes that phases of training compare would be in the
+        unit of the doses.
+        """
+        shared = self.effects.expected() * self.effects.typical_dose
+        return shared if self.levels is None else self.levels.shifts(shared)
+
+    def start_masks(self, energy: float) -> float:
+        """Switch masks on, see :meth:`~pertvae.nn.SparseEffects.start_masks`: one mask for all doses."""
+        if self.levels is None:
+            return self.effects.start_masks(energy)
+        shared = self.effects.expected()
+        return self.effects.start_masks(energy, self.levels.size(shared), self.levels.evidence(len(shared)))
+
     def set_mask_cost(self, cost: float) -> None:
         """Make an open mask cost so many nats for every training cell of its perturbation, on top of its prior."""
         self.effects.set_prior(self.effects.base_logit - cost * self.cells_per_component[:, None])
@@ -234,8 +293,8 @@ class SAMSVAEModule(ShiftedLatentModule):
     def global_parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters that belong to one gene or one perturbation, without the masks."""
         named, names = dict(self.effects.named_parameters()), ("loc", "log_sd", "factor", "identity.weight")
-        curves = [] if self.hill is None else list(self.hill.parameters())
-        return [*super().global_parameters(), *(named[n] for n in names if n in named), *curves]
+        responses = [p for part in (self.hill, self.levels) if part is not None for p in part.parameters()]
+        return [*super().global_parameters(), *(named[n] for n in names if n in named), *responses]
 
     def mask_parameters(self) -> list[torch.nn.Parameter]:
         """Return the log-odds of the masks."""
@@ -246,6 +305,16 @@ class SAMSVAEModule(ShiftedLatentModule):
         return self.effects.expected(), self.effects.inclusion
 
     def draw_globals(self, n_samples: int, generator: torch.Generator | None = None) -> EffectSample:
-        """Draw masks and effects; the dose response, a point estimate, adds its penalty to their KL."""
+        """Draw masks and effects; the Hill response, a point estimate, adds its penalty to their KL.
+
+        Deviations of levels follow the effects, as in :meth:`treatments`, under the masks of their components.
+        """
         sample = self.effects.sample(n_samples, generator)
-        return sample if self.hill is None else replace(sample, kl=sample.kl + self.hill.penalty())
+        if self.hill is not None:
+            return replace(sample, kl=sample.kl + self.hill.penalty())
+        if self.levels is None:
+            return sample
+        deviation, kl = self.levels.sample(n_samples, generator)
+        assert sample.mask is not None
+        effect = torch.cat([sample.effect, sample.mask[:, self.levels.component] * deviation], dim=1)
+        return EffectSample(effect, torch.cat([sample.kl, kl.expand(n_samples, -1)], dim=1))

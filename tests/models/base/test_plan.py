@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import scvi
 import torch
 
 import pertvae as pv
@@ -123,3 +124,71 @@ def test_default_epochs(screen, monkeypatch):
             model.train(batch_size=batch_size)
     n = 140 - 14
     assert asked == [1000, int(np.ceil(4000 / np.ceil(n / 10))), int(np.ceil(4000 / n))]
+
+
+def optimizer_of(model):
+    return model.trainer.optimizers[0]
+
+
+def weights_after(screen, max_epochs=15, **plan_kwargs):
+    scvi.settings.seed = 0
+    model = model_of(screen)
+    model.train(max_epochs=max_epochs, accelerator="cpu", enable_progress_bar=False, plan_kwargs=plan_kwargs)
+    return model, torch.cat([p.detach().ravel() for p in model.module.parameters()])
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_fused_optimizer(screen, name):
+    """The same numbers up to rounding, in the same groups."""
+    fused, found = weights_after(screen, optimizer=name)
+    plain, expected = weights_after(screen, optimizer=name, fused_optimizer=False)
+    assert type(optimizer_of(fused)) is type(optimizer_of(plain)) is getattr(torch.optim, name)
+    assert optimizer_of(fused).defaults["fused"]
+    assert not optimizer_of(plain).defaults["fused"]
+    groups = [
+        [(len(g["params"]), g["lr"], g["weight_decay"], g["eps"]) for g in optimizer_of(m).param_groups]
+        for m in (fused, plain)
+    ]
+    assert groups[0] == groups[1]
+    assert {(lr, decay) for _, lr, decay, _ in groups[0]} == {(1e-3, 1e-6), (1e-2, 0.0), (1e-1, 0.0)}
+    start = torch.cat([p.detach().ravel() for p in model_of(screen).module.parameters()])
+    assert (expected - start).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_device_without_fused_optimizers(screen, monkeypatch):
+    inner = torch.optim.Adam.__init__
+
+    def init(self, params, *args, fused=None, **kwargs):
+        inner(self, params, *args, fused=fused, **kwargs)
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be on supported devices")
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", init)
+    model, found = weights_after(screen, max_epochs=3)
+    assert not any(group["fused"] for group in (optimizer_of(model).defaults, *optimizer_of(model).param_groups))
+    _, expected = weights_after(screen, max_epochs=3, fused_optimizer=False)
+    assert torch.equal(found, expected)
+
+
+def test_your_own_optimizer(screen):
+    made = []
+
+    def create(groups):
+        made.append(torch.optim.SGD(groups, lr=1e-4, momentum=0.5))
+        return made[-1]
+
+    model, _ = weights_after(screen, max_epochs=4, optimizer="Custom", optimizer_creator=create)
+    assert getattr(optimizer_of(model), "optimizer", optimizer_of(model)) is made[-1]
+    assert {g["momentum"] for g in made[-1].param_groups} == {0.5}
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_clipped_gradients_in_mixed_precision(screen, clip):
+    """Lightning refuses to clip the gradients of an optimiser that is fused."""
+    model = model_of(screen)
+    model.train(
+        max_epochs=4, accelerator="cpu", enable_progress_bar=False, precision="bf16-mixed", gradient_clip_val=clip
+    )
+    assert bool(optimizer_of(model).defaults["fused"]) is (clip is None)
+    assert np.isfinite(model.history["train_loss"].astype(float)).all().all()

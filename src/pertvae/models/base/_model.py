@@ -25,7 +25,7 @@ from pertvae.data import PerturbationDataSplitter
 from pertvae.models.base._getters import GettersMixin
 from pertvae.models.base._library import LibraryEffects, fit_library_effects
 from pertvae.models.base._module import PerturbationModule
-from pertvae.models.base._phases import Phase, divide_epochs
+from pertvae.models.base._phases import FreshPhase, Phase, all_or_nothing, divide_epochs
 from pertvae.models.base._plan import MONITOR, KeepBest, PerturbationTrainingPlan
 from pertvae.models.base._prediction import PredictionMixin
 from pertvae.models.base._registration import RegistrationMixin
@@ -134,6 +134,16 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         A method may train in phases. ``plan_kwargs`` and ``callbacks`` then go to each of them (a warm-up of the KL to
         the first only), and early stopping acts in those that may end early. Training a trained model again goes on
         from its weights, in a single phase.
+
+        Your callbacks are the same objects in all phases, and act in all. Those with a state that Lightning saves
+        (``state_dict`` and ``load_state_dict``: early stopping, checkpoints) begin each phase with the state they had
+        before the first, because objectives of two phases do not compare; afterwards they tell of the last phase, and
+        checkpoints of earlier phases are still on disk. Other callbacks are left alone, so a recorder sees all phases,
+        and a Lightning ``Timer`` counts over all.
+
+        A trained model is left as it was, with its weights, history and split, when training it further breaks off, by
+        an error or from the keyboard. A first training that breaks off leaves the model untrained: the next call
+        starts the phases anew, from the weights there are.
         """
         if resume:
             raise ValueError("resume=True: there is no checkpoint to go on from. Call train again to train further.")
@@ -192,10 +202,10 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             trainer_kwargs.setdefault("early_stopping_monitor", MONITOR)
             trainer_kwargs.setdefault("early_stopping_patience", max(5, math.ceil(PATIENCE_STEPS / (steps * between))))
         callbacks = list(trainer_kwargs.pop("callbacks", []))
-        trained_before: bool = self.is_trained_  # type: ignore[has-type]
+        fresh = FreshPhase(self, callbacks)
         best: int | None = None
         arguments = dict(plan_kwargs or {})
-        try:
+        with all_or_nothing(self):
             for phase, planned in zip(phases, epochs_of, strict=True):
                 if phase.begin is not None:
                     phase.begin()
@@ -216,18 +226,14 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
                     accelerator=accelerator,
                     devices=devices,
                     early_stopping=may_stop,
-                    callbacks=[*callbacks, *phase.callbacks(epochs), *keep],
+                    callbacks=[fresh, *callbacks, *phase.callbacks(epochs), *keep],
                     **trainer_kwargs,
                 )
                 runner()
                 if keep and keep[0].best_epoch is not None:
                     best = keep[0].best_epoch + 1
-        except BaseException:
-            # a run that broke off may have ended before its last phase
-            self.is_trained_ = trained_before
-            raise
-        self._after_training()
-        self.library_effects_ = self._fit_library_effects()
+            self._after_training()
+            self.library_effects_ = self._fit_library_effects()
 
     @property
     def _default_steps(self) -> int:

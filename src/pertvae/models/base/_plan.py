@@ -19,6 +19,7 @@ from scvi.train import TrainingPlan
 from pertvae._constants import PERTURBATION_REGISTRY_KEY
 from pertvae._expression import row_blocks
 from pertvae.data import distinct_doses
+from pertvae.models.base._epoch_sums import EpochSums
 from pertvae.models.base._module import PerturbationModule, TrainingStatistics
 
 THETA_RANGE = (1e-3, 1e2)
@@ -106,7 +107,8 @@ class PerturbationTrainingPlan(TrainingPlan):
 
     Adam's eps is 1e-8: with scvi-tools' 0.01 the small gradients of masks and effects hardly move them. The KL has
     full weight from the start unless a warm-up is asked for. Training statistics come from the training cells when
-    the fit starts. Scalar metrics are logged outside inference mode, where distributed training may reduce them.
+    the fit starts. Metrics are those of scvi-tools, but summed on the device and logged once an epoch, when its last
+    minibatch is done; with ``on_step=True`` they are logged in every step, as scvi-tools does.
 
     Parameters
     ----------
@@ -121,6 +123,9 @@ class PerturbationTrainingPlan(TrainingPlan):
         each has few cells and far to go, so it is ten times the others'.
     mask_lr
         Learning rate of the masks' log-odds, which start at 0 and end several units away.
+    fused_optimizer
+        Let Adam and AdamW update all parameters in one kernel where device and torch version can. The numbers are
+        those of the plain loop up to rounding.
     **kwargs
         Passed to :class:`scvi.train.TrainingPlan`.
     """
@@ -136,6 +141,7 @@ class PerturbationTrainingPlan(TrainingPlan):
         n_epochs_kl_warmup: int | None = None,
         global_lr: float = 1e-2,
         mask_lr: float = 1e-1,
+        fused_optimizer: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -143,10 +149,18 @@ class PerturbationTrainingPlan(TrainingPlan):
         )
         self._manager = manager
         self.global_lr, self.mask_lr = global_lr, mask_lr
+        self.fused_optimizer = fused_optimizer
+        self._epoch_sums = {mode: EpochSums() for mode in ("train", "validation")}
+        self._kl_weight_epoch: int | None = None
+
+    # ---------------------------------------------------------------- optimiser
 
     def get_optimizer_creator(self) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
-        """Return scvi-tools' optimiser with the three learning rates."""
-        create = super().get_optimizer_creator()
+        """Return scvi-tools' optimiser with the three learning rates, fused where that is possible."""
+        trainer = self._trainer  # none when only the optimiser is asked for
+        if trainer is not None and trainer.gradient_clip_val and "mixed" in str(trainer.precision):
+            self.fused_optimizer = False  # Lightning clips no gradients of a fused one in mixed precision
+        plain = super().get_optimizer_creator()
         rates = {id(p): self.global_lr for p in self.module.global_parameters()}
         rates |= {id(p): self.mask_lr for p in self.module.mask_parameters()}
 
@@ -154,11 +168,30 @@ class PerturbationTrainingPlan(TrainingPlan):
             groups: dict[float | None, list[torch.nn.Parameter]] = {}
             for parameter in parameters:
                 groups.setdefault(rates.get(id(parameter)), []).append(parameter)
-            return create(
+            return self._fused(plain)(
                 [{"params": g} | ({} if lr is None else {"lr": lr, "weight_decay": 0.0}) for lr, g in groups.items()]
             )
 
         return with_groups
+
+    def _fused(self, plain: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], torch.optim.Optimizer]:
+        """Return what makes the optimiser fused, or by ``plain`` when torch refuses or the user brought another."""
+        kinds: dict[str, type[torch.optim.Adam]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+        kind = kinds.get(self.optimizer_name)
+        if not self.fused_optimizer or kind is None:
+            return plain
+
+        def create(groups: Any) -> torch.optim.Optimizer:
+            copies = [dict(group) for group in groups]  # torch fills them in before it refuses
+            try:
+                return kind(copies, fused=True, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+            except (RuntimeError, ValueError, TypeError, AssertionError):  # it knows its devices and types best
+                self.fused_optimizer = False
+                return plain(groups)
+
+        return create
+
+    # ---------------------------------------------------------------- steps and metrics
 
     def on_fit_start(self) -> None:
         """Set training counts and input statistics from the training cells."""
@@ -169,8 +202,69 @@ class PerturbationTrainingPlan(TrainingPlan):
             log1p = self.module.gene_likelihood != "normal"
             self.module.set_training_statistics(training_statistics(self._manager, cells, log1p))
 
+    @property
+    def _logs_steps(self) -> bool:
+        """Whether scvi-tools' own logging was asked for."""
+        return bool(self.on_step) or not self.on_epoch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Return the loss of a minibatch and add its metrics to the epoch's."""
+        if self._logs_steps:
+            return super().training_step(batch, batch_idx)
+        moves = bool(self.n_steps_kl_warmup) and not self.n_epochs_kl_warmup
+        if "kl_weight" in self.loss_kwargs and (moves or self._kl_weight_epoch != self.current_epoch):
+            self._kl_weight_epoch = self.current_epoch
+            self.loss_kwargs["kl_weight"] = self.kl_weight
+            self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=True, on_epoch=False)
+        *_, output = self.forward(batch, loss_kwargs=self.loss_kwargs)
+        self._epoch_sums["train"].add(output)
+        return output.loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the metrics of a minibatch to those of the validation."""
+        if self._logs_steps:
+            super().validation_step(batch, batch_idx)
+            return
+        *_, output = self.forward(batch, loss_kwargs=self.loss_kwargs)
+        self._epoch_sums["validation"].add(output)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the epoch after its last minibatch: callbacks read the metrics before this plan's end of the epoch."""
+        if self.trainer.is_last_batch or self.trainer.global_step == self.trainer.max_steps:
+            self._log_epoch("train")
+
+    def on_train_epoch_end(self) -> None:
+        """Log an epoch that ended early."""
+        self._log_epoch("train")
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the validation after its last minibatch."""
+        if batch_idx + 1 == self.trainer.num_val_batches[dataloader_idx]:
+            self._log_epoch("validation")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log a validation that ended early."""
+        self._log_epoch("validation")
+
+    def _log_epoch(self, mode: str) -> None:
+        """Log what was summed since the last time, if anything was."""
+        n_total = self.n_obs_training if mode == "train" else self.n_obs_validation
+        strategy = self.trainer.strategy
+        sums, self._epoch_sums[mode] = self._epoch_sums[mode], EpochSums()
+        for name, value in sums.metrics(n_total, lambda total: strategy.reduce(total, reduce_op="sum")).items():
+            key = f"{name}_{mode}"
+            self.log(
+                {"loss_train": "train_loss", "loss_validation": "validation_loss"}.get(key, key),
+                value,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=key == "loss_train",
+                batch_size=1,
+                sync_dist=self.use_sync_dist,  # equal in all processes by now; Lightning warns without
+            )
+
     def compute_and_log_metrics(self, loss_output: LossOutput, metrics: dict, mode: str) -> None:
-        """Log as scvi-tools does, scalar extras outside inference mode."""
+        """Log as scvi-tools does, scalar extras outside inference mode, where distributed training may reduce them."""
         plain = dataclasses.replace(loss_output, extra_metrics={})
         super().compute_and_log_metrics(plain, metrics, mode)
         for key, value in (loss_output.extra_metrics or {}).items():

@@ -67,7 +67,7 @@ def test_epochs_after_the_best() -> None:
 class TwoPhases(pv.SAMSVAE):
     """Before the second phase the decoder is ruined: its objective starts far above the best of the first."""
 
-    def _training_phases(self) -> list[Phase]:
+    def _training_phases(self, early_stopping: bool) -> list[Phase]:
         return [Phase("first"), Phase("second", begin=self._ruin, may_stop=False)]
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from pertvae.data import PerturbationDataSplitter
 from pertvae.models.base._getters import GettersMixin
 from pertvae.models.base._library import LibraryEffects, fit_library_effects
 from pertvae.models.base._module import PerturbationModule
-from pertvae.models.base._phases import FreshPhase, Phase, all_or_nothing, divide_epochs
+from pertvae.models.base._phases import FreshPhase, Phase, all_or_nothing, divide_epochs, number_epochs
 from pertvae.models.base._plan import MONITOR, KeepBest, PerturbationTrainingPlan
 from pertvae.models.base._prediction import PredictionMixin
 from pertvae.models.base._registration import RegistrationMixin
@@ -188,7 +188,7 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             )
         if max_epochs < 1:
             raise ValueError(f"max_epochs={max_epochs}: at least 1 is needed.")
-        phases = self._training_phases()
+        phases = self._training_phases(bool(early_stopping))
         max_steps = trainer_kwargs.get("max_steps") or -1
         if len(phases) > 1 and max_steps > 0:  # the trainer of each phase counts from zero
             max_epochs = min(max_epochs, math.ceil(max_steps / steps))
@@ -204,7 +204,7 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         callbacks = list(trainer_kwargs.pop("callbacks", []))
         fresh = FreshPhase(self, callbacks)
         best: int | None = None
-        arguments = dict(plan_kwargs or {})
+        started = False
         with all_or_nothing(self):
             for phase, planned in zip(phases, epochs_of, strict=True):
                 if phase.begin is not None:
@@ -215,9 +215,12 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
                 may_stop = early_stopping and phase.may_stop
                 keep = [KeepBest(trainer_kwargs["early_stopping_monitor"])] if may_stop else []
                 self.module.train()  # getters and earlier fits leave it in evaluation mode
-                plan = self._training_plan_cls(self.module, manager=self.adata_manager, **arguments)
                 # a warm-up of the KL belongs to the start of the run, not of each phase
-                arguments = {k: v for k, v in arguments.items() if "kl_warmup" not in k}
+                warm = phase.restarts or not started
+                chosen = {k: v for k, v in (plan_kwargs or {}).items() if warm or "kl_warmup" not in k}
+                plan = self._training_plan_cls(self.module, manager=self.adata_manager, **chosen)
+                started = True
+                earlier = {k: len(v) for k, v in (self.history_ or {}).items()}
                 runner = self._train_runner_cls(
                     self,
                     training_plan=plan,
@@ -230,6 +233,7 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
                     **trainer_kwargs,
                 )
                 runner()
+                number_epochs(self.history_ or {}, earlier, trainer_kwargs.get("check_val_every_n_epoch"))
                 if keep and keep[0].best_epoch is not None:
                     best = keep[0].best_epoch + 1
             self._after_training()
@@ -240,8 +244,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         """Optimiser steps of a default run."""
         return DEFAULT_STEPS
 
-    def _training_phases(self) -> list[Phase]:
-        """Return the phases that ``max_epochs`` is divided over."""
+    def _training_phases(self, early_stopping: bool) -> list[Phase]:
+        """Return the phases that ``max_epochs`` is divided over; whether there are validation cells may matter."""
         return [Phase("training")]
 
     def _after_training(self) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 
@@ -34,6 +35,8 @@ class Phase:
     of_best
         At most so many times the epochs after which the phase before it was best. A phase that may not stop would
         otherwise go on learning cells by heart where early stopping had ended that one.
+    restarts
+        Whether it begins with untrained weights: a warm-up of the KL then belongs to it too.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Phase:
     may_stop: bool = True
     callbacks: Callable[[int], list[Any]] = field(default=lambda epochs: [])
     of_best: float | None = None
+    restarts: bool = False
 
     def limit(self, planned: int, best: int | None) -> int:
         """Return the epochs to run of those planned, given those after which an earlier phase was best."""
@@ -56,6 +60,25 @@ def divide_epochs(phases: list[Phase], max_epochs: int) -> list[int]:
     ends[-1] = max_epochs
     ends[:-1] = np.minimum(ends[:-1], max_epochs - 1)
     return [int(n) for n in np.diff(ends, prepend=0)]
+
+
+def number_epochs(history: Mapping[str, pd.DataFrame], earlier: Mapping[str, int], every: int | None) -> None:
+    """Number the rows that a phase added by the epochs of all: scvi-tools counts the rows of each metric.
+
+    Parameters
+    ----------
+    history
+        Tables by metric, changed in place.
+    earlier
+        Rows of each before the phase.
+    every
+        Epochs between validations.
+    """
+    begun = earlier.get("train_loss", 0)
+    for name, table in history.items():
+        old, step = earlier.get(name, 0), (every or 1) if "validation" in name else 1
+        added = begun + step * np.arange(1, len(table) - old + 1) - 1
+        table.index = pd.Index(np.concatenate([table.index[:old], added]).astype(int), name=table.index.name)
 
 
 class FreshPhase(pl.Callback):

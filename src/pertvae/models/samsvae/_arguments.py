@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mask_draws": ("component", "cell"),
     "global_kl": ("full", "plate"),
     "combinations": ("sum", "unique"),
-    "sparsify": ("rotate", "published"),
+    "sparsify": ("auto", "rotate", "published"),
     "mask_hyperprior": (None, "perturbation", "latent"),
     "dose_response": ("linear", "hill", "categories"),
     "basal_posterior": ("gaussian", "flow"),

@@ -13,6 +13,7 @@ from pertvae.models.base import Capabilities, PerturbationModel
 from pertvae.models.base._phases import Phase
 from pertvae.models.samsvae._additive import ADDITIVE, AdditiveMixin
 from pertvae.models.samsvae._arguments import check_arguments, own_arguments, summary, without
+from pertvae.models.samsvae._auto import Chooser
 from pertvae.models.samsvae._module import SAMSVAEModule
 from pertvae.models.samsvae._sparsify import Sparsifier
 
@@ -68,7 +69,10 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
     sparsify
         How training finds the masks. ``"rotate"``: effects without masks first, then a turn of the latent space to the
         basis in which they are sparse (Jennrich 2006), then masks; ``train`` divides its epochs over these phases.
-        ``"published"``: masks learn from the start, undecided; they hardly find the true programs.
+        ``"published"``: masks learn from the start, undecided; they hardly find the true programs, but where a
+        perturbation has few cells they may predict better. ``"auto"``: both are trained, and the published way is kept
+        if it describes the validation cells better, by more than two standard errors; ``sparsify_`` says which was
+        kept. Without validation cells or early stopping it is ``"rotate"``.
     dose_response
         ``"linear"``: a shift is the dose times the effect. ``"hill"``: the effect is that of the perturbation's
         largest training dose, and smaller doses have a share of it that follows a Hill curve of their perturbation,
@@ -131,7 +135,7 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         basal_inference: Literal["mean_field", "correlated"] = "correlated",
         mask_gradient: Literal["gumbel", "identity"] = "gumbel",
         global_kl: Literal["full", "plate"] = "full",
-        sparsify: Literal["rotate", "published"] = "rotate",
+        sparsify: Literal["auto", "rotate", "published"] = "auto",
         embedding_rank: int = 4,
         mask_hyperprior: Literal["perturbation", "latent"] | None = None,
         dose_response: Literal["linear", "hill", "categories"] = "linear",
@@ -151,18 +155,31 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         shape = self._module_shape(gene_likelihood)
         self.module = SAMSVAEModule(shape, **without(arguments, ("sparsify", "leak_correction")))
         self.sparsify = sparsify
+        self.sparsify_ = "published"
+        self._chooser: Chooser | None = None
         self.leak_correction = leak_correction
         self._model_summary_string = summary(self, f"mask prior {mask_prior}")
         self.init_params_ = self._get_init_params(locals())
 
     @property
     def _default_steps(self) -> int:
-        return 10_000 if self.sparsify == "rotate" else super()._default_steps
+        return {"auto": 14_000, "rotate": 10_000}.get(self.sparsify, super()._default_steps)
 
-    def _training_phases(self) -> list[Phase]:
-        if self.sparsify == "rotate" and not self.is_trained_:  # a trained model goes on with the masks it has
+    def _training_phases(self, early_stopping: bool) -> list[Phase]:
+        self._chooser = None
+        if self.sparsify == "published" or self.is_trained_:  # a trained model goes on with the masks it has
+            return super()._training_phases(early_stopping)
+        if self.sparsify == "rotate" or not early_stopping:
+            self.sparsify_ = "rotate"
             return Sparsifier(self.module).phases()
-        return super()._training_phases()
+        self._chooser = Chooser(self)
+        return self._chooser.phases()
+
+    def _after_training(self) -> None:
+        if self._chooser is not None:
+            self.sparsify_ = self._chooser.choose()
+            self._chooser = None
+        super()._after_training()
 
     def get_masks(self) -> pd.DataFrame:
         """Return the posterior probability that each perturbation touches each program.

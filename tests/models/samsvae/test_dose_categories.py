@@ -12,6 +12,7 @@ from pertvae._constants import PERTURBATION_REGISTRY_KEY
 from pertvae.models.base import ModuleShape, TrainingStatistics
 from pertvae.models.samsvae import SAMSVAEModule
 from pertvae.models.samsvae._cpavae import CPAVAEModule
+from pertvae.models.samsvae._sparsify import COST, Sparsifier
 from pertvae.nn import gathered_shift
 
 DOSES = torch.tensor([[0, 0, 0], [1, 0, 0], [2, 0, 0], [0.1, 3, 0], [0, 0, 5], [1, 3, 5], [0, 0, 7], [4, 0, 0]]).float()
@@ -242,6 +243,28 @@ def test_masks_start_from_the_shifts_of_the_doses() -> None:
     is_open = model.effects.inclusion > 0.5
     assert is_open.nonzero().tolist() == [[0, 1], [1, 2]]
     assert not model.effects.open
+
+
+def test_phases_look_at_the_doses() -> None:
+    """The rotation, the masks and their cost in training are those of the shifts of the doses."""
+    model = module()
+    phases = Sparsifier(model)
+    phases.open_masks()
+    phases.was_dense = True
+    turn = torch.linalg.qr(torch.randn(LATENT, LATENT))[0]
+    sparse = torch.zeros(len(LEVELS), LATENT)
+    sparse[:3, 1] = torch.tensor([3.0, -3.0, 2.0])
+    sparse[4:6, 2] = torch.tensor([2.0, -2.0])
+    with torch.no_grad():
+        model.effects.loc.zero_()
+        model.effects.log_sd.fill_(-3.0)
+        model.levels.loc.copy_(sparse @ turn)
+        model.levels.log_sd.fill_(-3.0)
+    phases.rotate_and_start()
+    assert (model.effects.inclusion > 0.5).sum(1).tolist() == [1, 0, 1]
+    largest = model.levels.posterior()[0][[4, 5]].abs().max()
+    np.testing.assert_allclose(float(largest), 2.0, rtol=0.05)
+    np.testing.assert_allclose(phases.cost, COST * float(largest) ** 2, rtol=1e-3)
 
 
 def test_a_dose_without_evidence_does_not_open_a_mask() -> None:

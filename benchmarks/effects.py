@@ -153,7 +153,7 @@ def run_config(screen: Screen, arguments: dict[str, Any], args: argparse.Namespa
             predicted = model.predict_perturbation(screen.labels, seed=seed, **common, **changed)
             model.module.leak.copy_(kept)
             rows.append(fit | {"prediction": name} | screen.score(predicted))
-    mixed = pv.models.predict_ensemble(models, screen.labels, **common)
+    mixed = pv.predict_ensemble(models, screen.labels, **common)
     rows.append({"seed": -1, "prediction": "ensemble"} | screen.score(mixed))
     return rows
 

@@ -10,6 +10,7 @@ import torch
 from anndata import AnnData
 
 import pertvae as pv
+from pertvae.models.base._access import covariate_groups
 from pertvae.models.base._posterior_shifts import least_squares_shifts, posterior_shifts, shrunken_shifts
 
 
@@ -161,3 +162,19 @@ def test_draws_and_expectation_move_alike(fits: tuple) -> None:
     expected = [m.module.offset(row) for m in (model, plain)]
     torch.testing.assert_close(drawn[0] - drawn[1], (expected[0] - expected[1]).expand(7, -1))
     torch.testing.assert_close(expected[0] - expected[1], 2 * model.module.leak[[1]] + model.module.leak[[3]])
+
+
+def test_means_of_all_categorical_covariates_are_nuisance(small_screen: AnnData) -> None:
+    """What a covariate does that goes with a perturbation is not the perturbation's."""
+    adata = small_screen.copy()
+    adata.obs["site"] = np.where(np.arange(adata.n_obs) % 3 == 0, "a", "b")
+    pv.SAMSVAE.setup_anndata(
+        adata,
+        perturbation_key="perturbation",
+        control="control",
+        batch_key="batch",
+        categorical_covariate_keys=["site"],
+    )
+    groups = covariate_groups(pv.SAMSVAE(adata, n_latent=3, n_hidden=8).adata_manager)
+    pairs = list(zip(adata.obs["batch"].astype(str), adata.obs["site"], strict=True))
+    assert len(set(zip(groups, pairs, strict=True))) == len(set(groups)) == len(set(pairs)) == 4

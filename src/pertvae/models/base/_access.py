@@ -12,6 +12,7 @@ import torch
 from anndata import AnnData
 from mudata import MuData
 from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
 from torch import Tensor
 
 from pertvae._constants import PERTURBATION_REGISTRY_KEY
@@ -59,6 +60,14 @@ def covariate_columns(model: PerturbationModel, adata: AnnData | MuData) -> pd.D
         for key in [keys] if isinstance(keys, str) else keys or []:
             columns[key] = obs_column(model, adata, argument, key)
     return pd.DataFrame(columns, index=adata.obs_names)
+
+
+def covariate_groups(manager: AnnDataManager) -> np.ndarray:
+    """Return a code of each cell's batch, context and further categorical covariates together."""
+    keys = [REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY, REGISTRY_KEYS.CAT_COVS_KEY]
+    tables = [np.asarray(manager.get_from_registry(k)) for k in keys if k in manager.data_registry]
+    columns = pd.DataFrame(np.column_stack(tables).astype(np.int64))
+    return columns.groupby(list(columns)).ngroup().to_numpy()
 
 
 def dose_table(model: PerturbationModel, adata: AnnData | MuData) -> sp.csr_matrix:

@@ -22,6 +22,7 @@ from scvi.train import TrainRunner
 from pertvae._constants import PERTURBATION_REGISTRY_KEY
 from pertvae._expression import row_sums
 from pertvae.data import PerturbationDataSplitter
+from pertvae.models.base._access import covariate_groups
 from pertvae.models.base._getters import GettersMixin
 from pertvae.models.base._library import LibraryEffects, fit_library_effects
 from pertvae.models.base._module import PerturbationModule
@@ -260,15 +261,10 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             totals = np.zeros(manager.adata.n_obs)
         else:
             totals = row_sums(manager.get_from_registry(REGISTRY_KEYS.X_KEY))
-        n_labels = self.summary_stats.get("n_labels", 1)
-        batch, labels = (
-            np.asarray(manager.get_from_registry(k)).ravel().astype(np.int64)
-            for k in (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY)
-        )
         return fit_library_effects(
             totals,
             manager.get_from_registry(PERTURBATION_REGISTRY_KEY),
-            batch * n_labels + labels,
+            covariate_groups(manager),
             np.asarray(self.train_indices, dtype=np.int64),
             np.asarray(self.validation_indices, dtype=np.int64),
         )

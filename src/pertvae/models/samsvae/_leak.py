@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 import torch
-from scvi import REGISTRY_KEYS
 
-from pertvae.models.base._access import minibatches
+from pertvae.models.base._access import covariate_groups, minibatches
 from pertvae.models.base._posterior_shifts import shrunken_shifts
 
 if TYPE_CHECKING:
@@ -32,11 +31,7 @@ def training_posteriors(model: PerturbationModel) -> tuple[np.ndarray, sp.csr_ma
         inputs = model.module._get_inference_input(tensors)
         means[positions] = model.module.basal_posterior(inputs)[0][:n].cpu().numpy()
         responses.append(sp.csr_matrix(model.module.respond(inputs["doses"])[:n].cpu().numpy()))
-    batch, labels = (
-        np.asarray(model.adata_manager.get_from_registry(key)).ravel().astype(np.int64)[rows]
-        for key in (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY)
-    )
-    return means, sp.vstack(responses, format="csr"), batch * model.module.shape.n_labels + labels
+    return means, sp.vstack(responses, format="csr"), covariate_groups(model.adata_manager)[rows]
 
 
 def correct_leak(model: PerturbationModel) -> None:

@@ -136,9 +136,12 @@ def test_benchmark_simulates(tmp_path, monkeypatch):
     assert (seen["scheme"], seen["control"], seen["batch_key"]) == ("unseen_combination", "control", "batch")
     assert (seen["n_folds"], seen["seeds"], seen["n_cells"]) == (1, (0, 1, 2), 2000)
     assert seen["train_fraction"] == [1.0]
+    assert seen["ensemble"] is False
     curve = ["benchmark", "--simulate", "--out", str(tmp_path / "r"), "--n-genes", "50", "--train-fraction", "0", "1"]
     assert cli.main(curve) == 0
     assert seen["train_fraction"] == [0.0, 1.0]
+    assert cli.main([*curve, "--ensemble"]) == 0
+    assert seen["ensemble"] is True
     assert seen["n_folds"] is None  # some combinations must stay to train on
 
 
@@ -154,6 +157,21 @@ def test_failed_model_gives_exit_code_1(screen, tmp_path, capsys, monkeypatch, f
     assert code == 1
     assert "samsvae (fold 0, seed 0) failed: RuntimeError: no memory" in capsys.readouterr().err
     assert (tmp_path / "r" / "report.html").is_file()
+
+
+def test_benchmark_of_an_ensemble(screen, tmp_path, capsys, few_resamplings):
+    out = tmp_path / "results"
+    command = [
+        "benchmark", str(screen), "--perturbation-key", "perturbation", "--control", "control", "--models", "cpavae",
+        "--seeds", "0", "1", "--ensemble", "--folds", "1", "--n-cells", "40", "--max-epochs", "2", "--out", str(out),
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    assert "cpavae ensemble" in capsys.readouterr().out
+    table = pd.read_csv(out / "table.csv")
+    rows = table[table["model"] == "cpavae ensemble"]
+    assert set(rows["seed"]) == {-1}
+    assert rows["value"].notna().any()
+    assert "pass two or more" in fails(capsys, *command[:9], "0", *command[11:])
 
 
 def test_errors_are_one_line(screen, trained, tmp_path, capsys):

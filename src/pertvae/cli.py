@@ -151,6 +151,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             setup.pop("perturbation_key"),
             setup.pop("control"),
             seeds=tuple(arguments.seeds),
+            ensemble=arguments.ensemble,
             n_folds=arguments.folds,
             train_fraction=arguments.train_fraction,
             n_cells=arguments.n_cells,
@@ -169,7 +170,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     print(f"\nWrote {page}, table.csv, summary.csv, comparison.csv and figures.")
     failed = result.fits[result.fits["status"] == "failed"]
     for row in failed.itertuples(index=False):
-        print(f"pertvae: {row.model} (fold {row.fold}, seed {row.seed}) failed: {row.error}", file=sys.stderr)
+        seed = f", seed {row.seed}" if str(row.seed) != "-1" else ""
+        print(f"pertvae: {row.model} (fold {row.fold}{seed}) failed: {row.error}", file=sys.stderr)
     return _FAILED if len(failed) else 0
 
 
@@ -238,6 +240,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--seen", metavar="J/K", help="class of held-out combinations: 2/2, 1/2 or 0/2 (default: 2/2)")
     bench.add_argument("--models", nargs="+", default=["samsvae"], help="models to train (default: samsvae)")
     bench.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds (default: 0 1 2)")
+    bench.add_argument(
+        "--ensemble", action="store_true", help="also score the fits of all seeds of a model as one (default: no)"
+    )
     bench.add_argument(
         "--folds",
         type=int,

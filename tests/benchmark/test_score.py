@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 import pertvae as pv
 from pertvae._expression import mean_profile
-from pertvae.benchmark._fit import Data, run_duplicate, run_model, run_oracle, run_reference
+from pertvae.benchmark._fit import Data, fit_model, run_duplicate, run_model, run_oracle, run_reference
 from pertvae.benchmark._folds import make_folds
 from pertvae.benchmark._score import Scorer, scoring_genes
 from pertvae.metrics._registry import resolve
@@ -58,6 +58,11 @@ def test_held_out_cells_choose_no_gene_and_no_center(screen):
     pd.testing.assert_series_equal(before.centers[""], after.centers[""])
 
 
+def trained_and_scored(cls, data, scorer):
+    model = fit_model(cls, data, scorer, seed=0, model_kwargs={}, train_kwargs={})
+    return run_model(model, data, scorer, seed=0, keep_programs=False)
+
+
 def test_held_out_cells_change_no_prediction(screen, stand_in):
     """Noise put in the place of all held-out cells moves scores, never a prediction."""
     adata = screen.copy()
@@ -71,8 +76,7 @@ def test_held_out_cells_change_no_prediction(screen, stand_in):
         first, second = run_reference(cls, data, before), run_reference(cls, noisy, after)
         pd.testing.assert_frame_equal(first.shift, second.shift)
         assert value(first, "l2_profile").mean() != value(second, "l2_profile").mean()
-    arguments = {"seed": 0, "model_kwargs": {}, "train_kwargs": {}, "keep_programs": False}
-    first, second = (run_model(stand_in, d, s, **arguments) for d, s in ((data, before), (noisy, after)))
+    first, second = (trained_and_scored(stand_in, d, s) for d, s in ((data, before), (noisy, after)))
     pd.testing.assert_frame_equal(first.shift, second.shift)
 
 
@@ -99,7 +103,7 @@ def test_predictions_start_from_training_controls_of_the_context(screen, stand_i
     adata = screen.copy()
     adata.obs["line"] = np.resize(["x", "y"], adata.n_obs)
     data, scorer = scorer_of(adata, "random", labels_key="line", split_kwargs={"test_fraction": 0.5})
-    run_model(stand_in, data, scorer, seed=0, model_kwargs={}, train_kwargs={}, keep_programs=False)
+    trained_and_scored(stand_in, data, scorer)
     used = [c["indices"] for c in stand_in.calls if "indices" in c]
     assert len(used) == 2
     for rows, context in zip(used, scorer.fold.contexts, strict=True):

@@ -74,6 +74,28 @@ def read_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
+def ensemble_name(model: str) -> str:
+    """Return what the fits of all seeds of a model are called when they predict together."""
+    return f"{model} ensemble"
+
+
+def check_ensemble(models: Mapping[str, Any], seeds: Sequence[int], n_cells: int) -> None:
+    """Raise if the fits of several seeds can not be scored as one."""
+    from pertvae.models.base import PerturbationModel
+
+    if len(seeds) < 2:
+        raise ValueError(
+            f"ensemble=True puts the fits of several seeds together, but seeds={seeds!r}: pass two or more."
+        )
+    if n_cells < len(seeds):
+        raise ValueError(f"n_cells={n_cells!r} is too few for an ensemble of {len(seeds)} seeds.")
+    for name, cls in models.items():
+        if not (isinstance(cls, type) and issubclass(cls, PerturbationModel)):
+            raise ValueError(f"ensemble=True needs models of this package, but {name!r} is {cls!r}.")
+        if ensemble_name(name) in models:
+            raise ValueError(f"models: {ensemble_name(name)!r} is what the ensemble of {name!r} is called. Rename it.")
+
+
 def read_fractions(train_fraction: float | Sequence[float]) -> tuple[float, ...]:
     """Return the fractions of the training combinations in rising order, checked."""
     given = train_fraction if isinstance(train_fraction, Sequence | np.ndarray) else [train_fraction]

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class Data:
         return work, replace(fold, split=fold.split[kept], common=fold.common_rows()[kept])
 
 
-def run_model(
+def fit_model(
     cls: Any,
     data: Data,
     scorer: Scorer,
@@ -76,35 +77,27 @@ def run_model(
     seed: int,
     model_kwargs: Mapping[str, Any],
     train_kwargs: Mapping[str, Any],
-    keep_programs: bool,
     on_epoch: Callable[[int, int], None] | None = None,
-) -> Prediction:
-    """Train one model on the training cells of a fold, predict its units from training controls, and score them."""
-    adata, fold = scorer.adata, scorer.fold
-    start = time.perf_counter()
+) -> Any:
+    """Train one model on the training cells of a fold and return it."""
     setup = {"perturbation_key": data.perturbation_key, "control": list(data.control), "sep": data.sep}
     setup |= {k: v for k, v in (("batch_key", data.batch_key), ("labels_key", data.labels_key)) if v is not None}
-    cls.setup_anndata(adata, **setup, **data.setup_kwargs)
+    cls.setup_anndata(scorer.adata, **setup, **data.setup_kwargs)
     with _seeded(seed):
-        model = cls(adata, **model_kwargs)
+        model = cls(scorer.adata, **model_kwargs)
         with contextlib.redirect_stdout(io.StringIO()):  # scvi-tools prints why training stopped, across the bar
             model.train(**_train_arguments(model, train_kwargs, on_epoch))
-        fitted = time.perf_counter()
-        predicted = {}
-        for context in fold.contexts:
-            labels = [u.label for u in scorer.units(context)]
-            source = scorer.control_rows(context, "train")
-            step = max(1, CELLS_AT_ONCE // data.n_cells)
-            parts = [
-                model.predict_perturbation(
-                    labels[i : i + step], indices=source, n_cells=data.n_cells, seed=seed, key_added=None
-                )
-                for i in range(0, len(labels), step)
-            ]
-            predicted[context] = merge(parts)
-        predicted_at = time.perf_counter()
+    return model
+
+
+def run_model(model: Any, data: Data, scorer: Scorer, *, seed: int, keep_programs: bool) -> Prediction:
+    """Predict the units of a fold with a trained model, and score them."""
+    start = time.perf_counter()
+    with _seeded(seed):
+        predicted = _predicted(model.predict_perturbation, data, scorer, seed)
+    seconds = time.perf_counter() - start
     prediction = _scored(scorer, predicted)
-    prediction.seconds = {"fit": fitted - start, "predict": predicted_at - fitted}
+    prediction.seconds = {"predict": seconds}
     for name, table in (getattr(model, "history", None) or {}).items():
         if str(name).endswith(("_train", "_validation")):
             prediction.tables[f"history:{name}"] = pd.DataFrame(table).astype(float)
@@ -112,6 +105,33 @@ def run_model(
         found = model.get_perturbation_programs(key_added=None)
         prediction.tables |= {f"programs:{name}": getattr(found, name) for name in _PROGRAMS}
     return prediction
+
+
+def run_ensemble(models: Sequence[Any], data: Data, scorer: Scorer, *, seed: int) -> Prediction:
+    """Predict the units of a fold with several trained models at once, and score them."""
+    from pertvae.models import predict_ensemble
+
+    start = time.perf_counter()
+    predicted = _predicted(partial(predict_ensemble, models), data, scorer, seed)
+    seconds = time.perf_counter() - start
+    prediction = _scored(scorer, predicted)
+    prediction.seconds = {"predict": seconds}
+    return prediction
+
+
+def _predicted(predict: Callable[..., AnnData], data: Data, scorer: Scorer, seed: int) -> dict[str, AnnData]:
+    """Return by context the predicted units of a fold, from the training controls of the context."""
+    predicted = {}
+    for context in scorer.fold.contexts:
+        labels = [u.label for u in scorer.units(context)]
+        source = scorer.control_rows(context, "train")
+        step = max(1, CELLS_AT_ONCE // data.n_cells)
+        parts = [
+            predict(labels[i : i + step], indices=source, n_cells=data.n_cells, seed=seed, key_added=None)
+            for i in range(0, len(labels), step)
+        ]
+        predicted[context] = merge(parts)
+    return predicted
 
 
 def run_reference(cls: Any, data: Data, scorer: Scorer) -> Prediction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pertvae.benchmark._arguments import ensemble_name
 from pertvae.benchmark._fingerprint import fingerprint, fingerprint_code, versions
-from pertvae.benchmark._fit import Data, run_duplicate, run_model, run_oracle, run_reference
+from pertvae.benchmark._fit import Data, fit_model, run_duplicate, run_ensemble, run_model, run_oracle, run_reference
 from pertvae.benchmark._folds import Fold
 from pertvae.benchmark._prediction import Prediction, records
 from pertvae.benchmark._result import BenchmarkResult, Key
@@ -46,6 +48,8 @@ class Job:
         Folder of finished fits.
     fingerprint
         Of the data.
+    ensemble
+        Also score, for each model, its fits of all seeds as one.
     """
 
     data: Data
@@ -58,6 +62,7 @@ class Job:
     truth: Truth | None
     cache: Path | None
     fingerprint: str = ""
+    ensemble: bool = False
 
     def __post_init__(self) -> None:
         self.predictions: dict[Key, Prediction] = {}
@@ -66,7 +71,8 @@ class Job:
 
     @property
     def n_methods(self) -> int:
-        return len(self.references) + 1 + (self.truth is not None) + len(self.models) * len(self.seeds)
+        of_model = len(self.seeds) + self.ensemble
+        return len(self.references) + 1 + (self.truth is not None) + len(self.models) * of_model
 
     def run_fold(self, fold: Fold, keep_draws: bool, bar: Any) -> None:
         """Run every method on one fold."""
@@ -84,23 +90,49 @@ class Job:
         self._step(fold, DUPLICATE, "duplicate", NO_SEED, partial(run_duplicate, scorer), bar)
         if self.truth is not None:
             self._step(fold, ORACLE, "oracle", NO_SEED, partial(run_oracle, self.truth, scorer), bar)
-        for name, cls in self.models.items():
+        for name in self.models:
+            fitted: dict[int, Any] = {}
             for seed in self.seeds:
-                self._step(fold, name, "model", seed, self._trainer(name, cls, seed, scorer, bar), bar)
+                self._step(fold, name, "model", seed, partial(self._single, name, seed, scorer, fitted, bar), bar)
+            if self.ensemble:
+                compute = partial(self._ensemble, name, scorer, fitted, bar)
+                self._step(fold, ensemble_name(name), "model", NO_SEED, compute, bar)
         scorer.release()
 
-    def _trainer(self, name: str, cls: Any, seed: int, scorer: Scorer, bar: Any) -> Callable[[], Prediction]:
+    def _single(self, name: str, seed: int, scorer: Scorer, fitted: dict[int, Any], bar: Any) -> Prediction:
+        """Train a model from one seed and score it; for an ensemble it is kept in ``fitted``."""
+        start = time.perf_counter()
+        model = self._fit(name, seed, scorer, bar)
+        seconds = time.perf_counter() - start
+        keep_programs = scorer.fold.index == 0 and seed == self.seeds[0]
+        prediction = run_model(model, self.data, scorer, seed=seed, keep_programs=keep_programs)
+        prediction.seconds["fit"] = seconds
+        if self.ensemble:
+            fitted[seed] = model
+        return prediction
+
+    def _ensemble(self, name: str, scorer: Scorer, fitted: dict[int, Any], bar: Any) -> Prediction:
+        """Score the fits of all seeds as one; those whose scores came from the cache are trained again."""
+        singles = {seed: self.predictions[scorer.fold.scheme, scorer.fold.index, name, seed] for seed in self.seeds}
+        for seed, single in singles.items():
+            if single.status != "ok":
+                raise RuntimeError(f"seed {seed} failed: {single.error}")
+        models = [fitted[s] if s in fitted else self._fit(name, s, scorer, bar) for s in self.seeds]
+        prediction = run_ensemble(models, self.data, scorer, seed=self.seeds[0])
+        prediction.seconds["fit"] = sum(single.seconds["fit"] for single in singles.values())
+        return prediction
+
+    def _fit(self, name: str, seed: int, scorer: Scorer, bar: Any) -> Any:
         def report(epoch: int, of: int) -> None:
             bar.set_postfix_str(f"epoch {epoch}/{of}")
 
-        return lambda: run_model(
-            cls,
+        return fit_model(
+            self.models[name],
             self.data,
             scorer,
             seed=seed,
             model_kwargs=self._own(self.model_kwargs, name),
             train_kwargs=self._own(self.train_kwargs, name),
-            keep_programs=scorer.fold.index == 0 and seed == self.seeds[0],
             on_epoch=report,
         )
 
@@ -127,15 +159,16 @@ class Job:
     def _path(self, fold: Fold, name: str, kind: str, seed: int) -> Path | None:
         if self.cache is None:
             return None
-        cls = self.models.get(name) if kind == "model" else self.references.get(name)
         data = self.data
+        single = {ensemble_name(n): n for n in self.models}.get(name, name) if self.ensemble else name
+        cls = self.models.get(single) if kind == "model" else self.references.get(name)
         settings = {
             "data": self.fingerprint,
             "code": fingerprint_code(),
             "versions": versions(),
             "class": f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', name)}",
-            "model_kwargs": self._own(self.model_kwargs, name) if kind == "model" else {},
-            "train_kwargs": self._own(self.train_kwargs, name) if kind == "model" else {},
+            "model_kwargs": self._own(self.model_kwargs, single) if kind == "model" else {},
+            "train_kwargs": self._own(self.train_kwargs, single) if kind == "model" else {},
             "setup": [data.perturbation_key, data.control, data.sep, data.labels_key, data.batch_key],
             "setup_kwargs": dict(data.setup_kwargs),
             "n_cells": data.n_cells,
@@ -146,7 +179,7 @@ class Job:
             "common": int(pd.util.hash_pandas_object(pd.Series(fold.common_rows(), fold.split.index)).sum()),
             "draws": self.scorers[fold.scheme, fold.index].keep_draws,
             "programs": fold.index == 0 and seed == self.seeds[0] if self.seeds else False,
-            "seed": seed,
+            "seed": seed if single == name else list(self.seeds),
         }
         seeded = f"-seed{seed}" if seed >= 0 else ""
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -79,6 +79,8 @@ def write_report(result: BenchmarkResult, path: Path) -> Path:
     body.append(_page.heading("What the scores mean"))
     body.append(_page.definitions({plain_name(m): explain(m) for m in result.metrics}))
     body.append(_page.paragraph(_DUPLICATE_NOTE, "note"))
+    if result.settings.get("ensemble"):
+        body.append(_page.paragraph(_ENSEMBLE_NOTE, "note"))
     body.append(_page.heading("How it was run"))
     body.append(_settings_table(result.settings))
     body.append(_page.details("Time of each fit", [_fits_table(result.fits)]))
@@ -91,6 +93,12 @@ _DUPLICATE_NOTE = (
     "other: what a repeat of the experiment would score. Its truth has half the cells, so a method that averages "
     "noise away can do better than it. 'Truth of the simulation' is the expected profile of the simulated screen: no "
     "method can be expected to do better."
+)
+
+_ENSEMBLE_NOTE = (
+    "In an 'ensemble' the fits of all seeds of a model predict together: the cells of a condition come from them in "
+    "equal parts, and its shift is the mean of theirs. But for the noise of sampling, its distance from the truth is "
+    "at most the mean of theirs; the best of them can be nearer. Its time of fitting is that of all of them."
 )
 
 

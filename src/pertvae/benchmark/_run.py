@@ -10,7 +10,14 @@ from typing import Any
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from pertvae.benchmark._arguments import read_data, read_fractions, read_models, read_references, read_seeds
+from pertvae.benchmark._arguments import (
+    check_ensemble,
+    read_data,
+    read_fractions,
+    read_models,
+    read_references,
+    read_seeds,
+)
 from pertvae.benchmark._fingerprint import fingerprint_data, versions
 from pertvae.benchmark._folds import DEFAULT_SEEN, make_folds
 from pertvae.benchmark._intervals import MIN_CONDITIONS
@@ -28,6 +35,7 @@ def run(
     control: str | Sequence[str],
     *,
     seeds: Sequence[int] = (0, 1, 2),
+    ensemble: bool = False,
     n_folds: int | None = None,
     train_fraction: float | Sequence[float] = 1.0,
     layer: str | None = None,
@@ -69,6 +77,10 @@ def run(
         Control label or labels.
     seeds
         Training seeds; each model is trained once a seed and fold.
+    ensemble
+        Also score each model's fits of all seeds as one, as a further model ``"<name> ensemble"`` without a seed: the
+        cells of a condition come from the fits in equal parts, see :func:`pertvae.predict_ensemble`. Nothing is
+        trained for it, unless single fits came from ``cache_dir``, which keeps scores and no models.
     n_folds
         Number of folds. By default combinations are left out in turn in at most four folds (``n_folds=1``: all at
         once), and the other schemes have one. Held-out combinations are those whose components all stand alone
@@ -140,6 +152,8 @@ def run(
         )
     if n_cells < 2:
         raise ValueError(f"n_cells={n_cells!r} is out of range: pass 2 or more.")
+    if ensemble:
+        check_ensemble(chosen, seeds, n_cells)
     data = read_data(adata, perturbation_key, control, layer, batch_key, labels_key, sep, n_cells, setup_kwargs or {})
     truth = read_truth(adata) if "truth" in adata.uns and data.context_key is None else None
     schemes = [scheme] if isinstance(scheme, str) else list(scheme)
@@ -166,6 +180,7 @@ def run(
         "folds": {name: len(f) // len(fractions) for name, f in folds.items()},
         "held_out_class": (split_kwargs or {}).get("seen", DEFAULT_SEEN) if "unseen_combination" in schemes else None,
         "seeds": list(seeds),
+        "ensemble": ensemble,
         "perturbation_key": perturbation_key,
         "control": list(data.control),
         "layer": layer,
@@ -198,6 +213,7 @@ def run(
             truth,
             Path(cache_dir) if cache_dir else None,
             recorded["data"]["fingerprint"],
+            ensemble,
         )
         for fraction in fractions
     }

@@ -200,13 +200,16 @@ def test_a_timer_counts_over_all_phases(screen: AnnData, monkeypatch: pytest.Mon
 
 
 class Break(pl.Callback):
-    """Raise in an epoch."""
+    """Change more than weights, and raise in an epoch."""
 
     def __init__(self, error: BaseException, epoch: int = 2) -> None:
         self.error, self.epoch = error, epoch
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         if trainer.current_epoch == self.epoch:
+            effects = pl_module.module.effects
+            effects.broken = effects.base_logit = 3.0
+            effects.register_buffer("further", torch.zeros(1))
             raise self.error
 
 
@@ -218,6 +221,8 @@ def state_of(model: pv.SAMSVAE) -> dict[str, Any]:
         "trainer": model.trainer,
         "library": model.library_effects_,
         "open": model.module.effects.open,
+        "attributes": {**vars(model.module.effects)}.keys(),
+        "base_logit": model.module.effects.base_logit,
     }
 
 
@@ -230,7 +235,8 @@ def assert_equal_states(found: dict[str, Any], expected: dict[str, Any]) -> None
         assert value.equals(found["history"][name]), name
     for a, b in zip(found["indices"], expected["indices"], strict=True):
         np.testing.assert_array_equal(a, b)
-    assert all(found[k] is expected[k] for k in ("trainer", "library", "open"))
+    assert all(found[k] is expected[k] for k in ("trainer", "library", "open", "base_logit"))
+    assert found["attributes"] == expected["attributes"]
 
 
 def fail_in_the_library(model: pv.SAMSVAE, monkeypatch: pytest.MonkeyPatch) -> list[pl.Callback]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -132,15 +130,13 @@ def all_or_nothing(model: Any) -> Iterator[None]:
     """Leave a trained model as it was when what is done with it here breaks off, and an untrained one untrained.
 
     Weights, buffers and attributes of the module and attributes of the model (history, split) are put back. An
-    interrupt from the keyboard arrives as such: Lightning turns it into the end of the process and has later ones
-    ignored.
+    interrupt from the keyboard arrives as such: Lightning makes a ``SystemExit`` of it.
 
     Parameters
     ----------
     model
         The model.
     """
-    handler = signal.getsignal(signal.SIGINT)
     put_back = _snapshot(model) if model.is_trained_ else None
     try:
         yield
@@ -150,8 +146,6 @@ def all_or_nothing(model: Any) -> Iterator[None]:
         else:
             put_back()
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
-            if handler is not None and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, handler)
             raise error.__context__ from None
         raise
 
@@ -171,6 +165,6 @@ def _snapshot(model: Any) -> Callable[[], None]:
             vars(owner).clear()
             vars(owner).update(attributes)
         module.load_state_dict(weights)
-        module.to(device).eval()
+        module.to(device)
 
     return put_back

@@ -53,8 +53,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear decoder": {"n_layers_decoder": 0},
     "decoder of 2 layers": {"n_layers_decoder": 2},
-    "rotate": {"sparsify": "rotate"},
     "published": {"sparsify": "published"},
+    "auto": {"sparsify": "auto"},
 }
 REFERENCES = ("Additive", "RidgeAdditive", "CalibratedAdditive")
 PREDICTIONS: dict[str, dict[str, Any]] = {

@@ -44,19 +44,20 @@ SCREENS: dict[str, dict[str, Any]] = {
 LATENTS = {"authors": 15, "sparse": 20}
 REFERENCES = ("CalibratedAdditive", "RidgeAdditive", "Additive")
 # constructor arguments, and what is changed in the training that finds the masks
-ROTATE = {"sparsify": "rotate"}
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {}),
     "published": ({"sparsify": "published"}, {}),
     "default, basal mean field": ({"basal_inference": "mean_field"}, {}),
-    "rotate": (ROTATE, {}),
-    "no rotation": (ROTATE, {"simple_structure": lambda effects: np.eye(effects.shape[1])}),
-    "no cost": (ROTATE, {"COST": 0.0}),
-    "cost 0.1": (ROTATE, {"COST": 0.1}),
-    "cost 0.4": (ROTATE, {"COST": 0.4}),
-    "energy 0.75": (ROTATE, {"ENERGY": 0.75}),
-    "energy 0.95": (ROTATE, {"ENERGY": 0.95}),
+    "auto": ({"sparsify": "auto"}, {}),
+    "no rotation": ({}, {"simple_structure": lambda effects: np.eye(effects.shape[1])}),
+    "no cost": ({}, {"COST": 0.0}),
+    "cost 0.1": ({}, {"COST": 0.1}),
+    "cost 0.4": ({}, {"COST": 0.4}),
+    "energy 0.75": ({}, {"ENERGY": 0.75}),
+    "energy 0.95": ({}, {"ENERGY": 0.95}),
+    "decoder of 2 layers": ({"n_layers_decoder": 2}, {}),
     "32 latents": ({"n_latent": 32}, {}),
+    "32 latents, decoder of 2 layers": ({"n_latent": 32, "n_layers_decoder": 2}, {}),
 }
 FIT = ["screen", "config", "seed"]
 SCORES = ["mask_f1", "mask_precision", "mask_recall", "latents_used", "iwelbo", "l2_truth", "l2_profile"]

@@ -49,8 +49,7 @@ class Fits(pl.Callback):
 
 def test_published_phase_then_the_rotation_from_the_same_start(adata: AnnData, model_of: Callable, quiet: dict) -> None:
     fits = Fits()
-    model = model_of(adata)
-    assert model.sparsify == "auto"
+    model = model_of(adata, sparsify="auto")
     model.train(
         max_epochs=28,
         batch_size=128,
@@ -72,7 +71,7 @@ def test_published_phase_then_the_rotation_from_the_same_start(adata: AnnData, m
 
 def test_only_the_rotation_without_early_stopping(adata: AnnData, model_of: Callable, quiet: dict) -> None:
     fits = Fits()
-    model = model_of(adata)
+    model = model_of(adata, sparsify="auto")
     model.train(max_epochs=20, split_key="split", early_stopping=False, callbacks=[fits], **quiet)
     assert fits.epochs == [8, 3, 3, 6]
     assert model.sparsify_ == "rotate"
@@ -121,7 +120,7 @@ def test_objective_of_cells_is_that_of_training(trained: pv.SAMSVAE) -> None:
 
 
 def test_what_was_kept_is_saved(adata: AnnData, model_of: Callable, quiet: dict, tmp_path: Path) -> None:
-    model = model_of(adata)
+    model = model_of(adata, sparsify="auto")
     model.train(max_epochs=14, split_key="split", **quiet)
     model.sparsify_ = "published"
     model.save(str(tmp_path / "model"))

@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mask_draws": ("component", "cell"),
     "global_kl": ("full", "plate"),
     "combinations": ("sum", "unique"),
-    "sparsify": ("auto", "rotate", "published"),
+    "sparsify": ("rotate", "published", "auto"),
     "mask_hyperprior": (None, "perturbation", "latent"),
     "dose_response": ("linear", "hill", "categories"),
     "basal_posterior": ("gaussian", "flow"),

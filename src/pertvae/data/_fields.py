@@ -132,8 +132,8 @@ class PerturbationField(BaseAnnDataField):
         largest = float(design.doses.data.max(initial=0.0))
         if largest > LARGE_DOSE:
             _warn(
-                f"Doses go up to {largest:g} and effects are linear in the dose: rescale each perturbation's doses, "
-                "for example to at most 1."
+                f"Doses go up to {largest:g} and effects are linear in the dose, unless a model is told otherwise "
+                "(dose_response): rescale each perturbation's doses, for example to at most 1."
             )
         return self._write(adata, design)
 

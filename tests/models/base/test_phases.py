@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 import pytest
 import scvi
 import torch
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from scvi.train import SaveCheckpoint
 
 import pertvae as pv
-from pertvae.models.base._phases import Phase, divide_epochs
+from pertvae.models.base._phases import Phase, divide_epochs, number_epochs
 from pertvae.models.base._plan import MONITOR
 from pertvae.models.samsvae._sparsify import SHARES
 
@@ -297,3 +298,41 @@ def test_first_training_that_breaks_off_leaves_the_model_untrained(
     assert len(model.history["train_loss"]) == 8
     assert model.is_trained
     assert not model.module.effects.open
+
+
+def test_rows_of_the_history_are_numbered_by_the_epochs_of_all_phases() -> None:
+    history = {
+        "train_loss": pd.DataFrame({"x": range(12)}),
+        "elbo_train": pd.DataFrame({"x": range(12)}),
+        "objective_validation": pd.DataFrame({"x": range(4)}, index=[1, 3, 2, 3]),
+        "kl_weight": pd.DataFrame({"x": range(3)}, index=[1, 4, 9]),
+    }
+    number_epochs(history, {"train_loss": 5, "elbo_train": 5, "objective_validation": 2}, 3)
+    assert history["train_loss"].index.tolist() == history["elbo_train"].index.tolist() == list(range(12))
+    assert history["objective_validation"].index.tolist() == [1, 3, 7, 10]
+    assert history["kl_weight"].index.tolist() == [1, 4, 9]
+
+
+def test_history_of_a_model_in_phases_and_after_a_broken_training() -> None:
+    quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False}
+    adata = pv.datasets.simulate_screen(
+        n_genes=30, n_perturbations=4, n_doubles=0, cells_per_perturbation=40, n_controls=60, n_latent=3, n_oracle=10
+    )
+    pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+    model = pv.SAMSVAE(adata, n_latent=3, n_hidden=8)
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 3:
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        model.train(max_epochs=20, callbacks=[Stop()], check_val_every_n_epoch=2, **quiet)
+    model.train(max_epochs=20, check_val_every_n_epoch=2, **quiet)
+    n = len(model.history["train_loss"])
+    assert model.history["train_loss"].index.tolist() == list(range(n))
+    validated = model.history["objective_validation"].index
+    assert validated.is_monotonic_increasing
+    assert validated.is_unique
+    assert validated.max() < n
+    assert validated[0] == 1

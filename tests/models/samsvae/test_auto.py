@@ -119,6 +119,24 @@ def test_objective_of_cells_is_that_of_training(trained: pv.SAMSVAE) -> None:
     np.testing.assert_array_equal(each, cell_objectives(trained))
 
 
+def test_a_broken_training_leaves_no_trace_in_the_next(adata: AnnData, model_of: Callable) -> None:
+    model = model_of(adata, sparsify="auto")
+    model.module.effects.open = True
+    model.module.set_mask_cost(3.0)
+    Chooser(model)
+    assert not model.module.effects.open
+    assert (model.module.effects.prior_logit - model.module.effects.base_logit).abs().max() == 0
+
+
+def test_a_rotation_that_diverged_is_not_kept(trained: pv.SAMSVAE) -> None:
+    chooser = Chooser(trained)
+    chooser.published = copy_state(trained.module)
+    with torch.no_grad():
+        trained.module.decoder.out.weight.fill_(float("nan"))
+    assert chooser.choose() == "published"
+    assert np.isfinite(cell_objectives(trained)).all()
+
+
 def test_what_was_kept_is_saved(adata: AnnData, model_of: Callable, quiet: dict, tmp_path: Path) -> None:
     model = model_of(adata, sparsify="auto")
     model.train(max_epochs=14, split_key="split", **quiet)

@@ -18,6 +18,7 @@ from anndata import AnnData
 import pertvae as pv
 from pertvae.models.base import PerturbationTrainingPlan
 from pertvae.models.base._plan import MONITOR, KeepBest
+from pertvae.models.samsvae._arguments import CHOICES
 from pertvae.models.samsvae._sparsify import COST, MaskCost
 from pertvae.nn._rotation import SMOOTHING
 
@@ -371,7 +372,8 @@ def test_steps_of_all_phases_are_bounded_together(adata: AnnData, model_of: Call
 
 
 def test_steps_of_a_default_run(adata: AnnData, model_of: Callable) -> None:
-    assert model_of(adata)._default_steps > model_of(adata, sparsify="published")._default_steps
+    steps = {w: [model_of(adata, sparsify=w)._default_steps(v) for v in (True, False)] for w in CHOICES["sparsify"]}
+    assert steps == {"rotate": [10_000, 10_000], "published": [4_000, 4_000], "auto": [14_000, 10_000]}
 
 
 def test_unknown_way(adata: AnnData, model_of: Callable) -> None:

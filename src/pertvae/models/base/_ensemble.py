@@ -45,7 +45,7 @@ def predict_ensemble(
     The prediction is the mixture of the models' predictions with equal weights: each cell of a block comes from one
     of them. Models trained from different seeds differ in what the data leave open; the mixture averages that out of
     the shifts and keeps it as spread between cells. The distance of the mean shift from any truth is at most the mean
-    of the models' distances (the norm is convex).
+    of those of the models on their cells (the norm is convex).
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def predict_ensemble(
     ------
     ValueError
         If there are fewer than two models, they were not registered alike (what differs is named), ``n_cells`` is
-        below the number of models, or ``predict_perturbation`` does not accept an argument.
+        below the number of models.
     RuntimeError
         If a model is not trained.
 

@@ -52,7 +52,7 @@ def fit_library_effects(
     doses
         Cells x components.
     groups
-        Code of each cell's covariates (batch and context together), whose means are nuisance.
+        Code of each cell's covariates (each combination of the categorical ones), whose means are nuisance.
     train, valid
         Row indices.
     """

@@ -90,7 +90,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         ----------
         max_epochs
             Passes over the training cells. By default as many as give 4,000 optimiser steps, between 20 and 1,000; for
-            a method that trains in phases, and divides them over these, 10,000 steps and at most 2,500.
+            a method that trains in phases, and divides them over these, 10,000 steps and at most 2,500 (14,000 and
+            3,500 where it trains in two ways).
         split_key
             Column of ``obs`` with ``train``, ``valid``, ``test`` (or ``val``, ``validation``, ``ood``). Test cells
             enter no statistic. Without ``valid`` cells 10% of the training cells are held out, stratified by
@@ -132,9 +133,9 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         -----
         Writes ``history``: a dict of DataFrames, one row an epoch.
 
-        A method may train in phases. ``plan_kwargs`` and ``callbacks`` then go to each of them (a warm-up of the KL to
-        the first only), and early stopping acts in those that may end early. Training a trained model again goes on
-        from its weights, in a single phase.
+        A method may train in phases. ``plan_kwargs`` and ``callbacks`` then go to each of them (a warm-up of the KL
+        only to those that begin with untrained weights), and early stopping acts in those that may end early. Training
+        a trained model again goes on from its weights, in a single phase.
 
         Your callbacks are the same objects in all phases, and act in all. Those with a state that Lightning saves
         (``state_dict`` and ``load_state_dict``: early stopping, checkpoints) begin each phase with the state they had
@@ -172,8 +173,9 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         batch_size = datamodule.data_loader_kwargs.get("batch_size") or batch_size
         steps = max(1, math.ceil(datamodule.n_train / batch_size))
         if max_epochs is None:
-            most = math.ceil(MAX_EPOCHS * self._default_steps / DEFAULT_STEPS)
-            max_epochs = int(np.clip(math.ceil(self._default_steps / steps), MIN_EPOCHS, most))
+            wanted = self._default_steps(early_stopping is not False and datamodule.n_val > 0)
+            most = math.ceil(MAX_EPOCHS * wanted / DEFAULT_STEPS)
+            max_epochs = int(np.clip(math.ceil(wanted / steps), MIN_EPOCHS, most))
         if early_stopping is None:
             early_stopping = datamodule.n_val > 0
             if not early_stopping:
@@ -221,7 +223,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
                 chosen = {k: v for k, v in (plan_kwargs or {}).items() if warm or "kl_warmup" not in k}
                 plan = self._training_plan_cls(self.module, manager=self.adata_manager, **chosen)
                 started = True
-                earlier = {k: len(v) for k, v in (self.history_ or {}).items()}
+                # the history of a training that broke off is replaced
+                earlier = {k: len(v) for k, v in (self.history_ or {}).items()} if self.is_trained_ else {}
                 runner = self._train_runner_cls(
                     self,
                     training_plan=plan,
@@ -240,9 +243,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             self._after_training()
             self.library_effects_ = self._fit_library_effects()
 
-    @property
-    def _default_steps(self) -> int:
-        """Optimiser steps of a default run."""
+    def _default_steps(self, early_stopping: bool) -> int:
+        """Return the optimiser steps of a default run."""
         return DEFAULT_STEPS
 
     def _training_phases(self, early_stopping: bool) -> list[Phase]:

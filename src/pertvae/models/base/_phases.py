@@ -63,6 +63,8 @@ def divide_epochs(phases: list[Phase], max_epochs: int) -> list[int]:
 def number_epochs(history: Mapping[str, pd.DataFrame], earlier: Mapping[str, int], every: int | None) -> None:
     """Number the rows that a phase added by the epochs of all: scvi-tools counts the rows of each metric.
 
+    Metrics of single steps (``kl_weight``) are left as they are.
+
     Parameters
     ----------
     history
@@ -74,7 +76,10 @@ def number_epochs(history: Mapping[str, pd.DataFrame], earlier: Mapping[str, int
     """
     begun = earlier.get("train_loss", 0)
     for name, table in history.items():
-        old, step = earlier.get(name, 0), (every or 1) if "validation" in name else 1
+        validated = name == "validation_loss" or name.endswith("_validation")
+        if not validated and name != "train_loss" and not name.endswith("_train"):
+            continue
+        old, step = earlier.get(name, 0), (every or 1) if validated else 1
         added = begun + step * np.arange(1, len(table) - old + 1) - 1
         table.index = pd.Index(np.concatenate([table.index[:old], added]).astype(int), name=table.index.name)
 

@@ -41,7 +41,7 @@ def posterior_shifts(
     doses
         Cells x components.
     groups
-        Code of each cell's covariates (batch and context together), whose means are nuisance.
+        Code of each cell's covariates (each combination of the categorical ones), whose means are nuisance.
     seed
         Of the permutations.
     """

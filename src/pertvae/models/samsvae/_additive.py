@@ -93,6 +93,8 @@ class AdditiveMixin:
             return None
         names = model.perturbation_names
         if given is not None:
+            if not len(given):
+                raise ValueError("dose_levels=[] has no dose: leave it out to take those of the registered data.")
             for name, dose in given:
                 if name not in names:
                     raise ValueError(f"dose_levels: {name!r} is not a registered perturbation.{hint(name, names)}")

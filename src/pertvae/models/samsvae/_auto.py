@@ -48,6 +48,9 @@ class Chooser:
 
     def __init__(self, model: SAMSVAE) -> None:
         self.model = model
+        # a training that broke off may have left masks open or their prior strict
+        model.module.effects.open = False
+        model.module.set_mask_cost(0.0)
         self.initial = copy_state(model.module)
         self.ran_published = False
         self.published: dict[str, Tensor] | None = None
@@ -81,7 +84,8 @@ class Chooser:
         published = cell_objectives(self.model)
         difference = rotated - published
         error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
-        name = "published" if difference.mean() > STANDARD_ERRORS * error else "rotate"
+        better = not np.isfinite(rotated).all() or difference.mean() > STANDARD_ERRORS * error
+        name = "published" if better else "rotate"
         if name == "rotate":
             module.load_state_dict(kept)
         logger.info(

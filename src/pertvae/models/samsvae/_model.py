@@ -91,7 +91,6 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
     objective
         ``"elbo"``, or ``"iwae"``: ``n_particles`` draws of a cell's basal state are weighed by importance, for one
         draw of masks and effects, whose KL stays outside: a tighter bound (not in the paper).
-
     leak_correction
         Whether what sparse effects leave in the basal states of the training cells goes to the perturbation's shift
         when training ends: a regression of their posterior means on doses, shrunken by its noise. For predictions and
@@ -155,25 +154,27 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         shape = self._module_shape(gene_likelihood)
         self.module = SAMSVAEModule(shape, **without(arguments, ("sparsify", "leak_correction")))
         self.sparsify = sparsify
-        self.sparsify_ = "published"
+        self.sparsify_: str | None = None
         self._chooser: Chooser | None = None
         self.leak_correction = leak_correction
         self._model_summary_string = summary(self, f"mask prior {mask_prior}")
         self.init_params_ = self._get_init_params(locals())
 
-    @property
-    def _default_steps(self) -> int:
-        return {"auto": 14_000, "rotate": 10_000}.get(self.sparsify, super()._default_steps)
+    def _default_steps(self, early_stopping: bool) -> int:
+        if self.sparsify == "published":
+            return super()._default_steps(early_stopping)
+        return 14_000 if self.sparsify == "auto" and early_stopping else 10_000
 
     def _training_phases(self, early_stopping: bool) -> list[Phase]:
         self._chooser = None
-        if self.sparsify == "published" or self.is_trained_:  # a trained model goes on with the masks it has
-            return super()._training_phases(early_stopping)
-        if self.sparsify == "rotate" or not early_stopping:
-            self.sparsify_ = "rotate"
-            return Sparsifier(self.module).phases()
-        self._chooser = Chooser(self)
-        return self._chooser.phases()
+        if not self.is_trained_:  # a trained model goes on with the masks it has
+            if self.sparsify == "auto" and early_stopping:
+                self._chooser = Chooser(self)
+                return self._chooser.phases()
+            self.sparsify_ = "published" if self.sparsify == "published" else "rotate"
+            if self.sparsify_ == "rotate":
+                return Sparsifier(self.module).phases()
+        return super()._training_phases(early_stopping)
 
     def _after_training(self) -> None:
         if self._chooser is not None:

@@ -309,3 +309,23 @@ def test_gathered_shifts_equal_the_product(n_samples: int) -> None:
         gradients.append((shift.detach(), effect.grad))
     torch.testing.assert_close(gradients[0], gradients[1])
     assert not gradients[1][0][:, 30:].any()
+
+
+@pytest.mark.parametrize("inference", INFERENCES)
+def test_closed_entries_have_their_prior(inference: str) -> None:
+    module = effects(inference)
+    module.set_typical_dose(torch.tensor([1.0, 1.0, 50.0, 1.0, 1.0]))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    module.close_masks(torch.tensor([2, 4]), torch.tensor([1, 3]))
+    closed = torch.zeros(T, L, dtype=torch.bool)
+    closed[2, 1] = closed[4, 3] = True
+    torch.testing.assert_close(module.inclusion[closed], torch.tensor([0.1, 0.1]))
+    if inference != "correlated":
+        mean, sd = module.posterior(torch.ones(T, L))
+        torch.testing.assert_close(mean[closed], torch.zeros(2))
+        torch.testing.assert_close(sd[closed], torch.tensor([2.0, 2.0]))
+    for name, value in module.state_dict().items():
+        if name in ("mask_logits", "loc", "log_sd", "factor"):
+            torch.testing.assert_close(value[~closed], before[name][~closed], msg=name)
+        else:
+            torch.testing.assert_close(value, before[name], msg=name)

@@ -42,3 +42,20 @@ def test_programs_of_papalexi(data_dir: Path) -> None:
     print(largest.round(2))
     assert (largest[null] < 0.5).sum() >= 6
     assert (largest[PATHWAY] > 0.9).all()
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_programs_where_nothing_happens(data_dir: Path, seed: int) -> None:
+    """On a 2,586-cell, 438-gene subset of McFaline 2023, whose nine knock-outs look like controls."""
+    adata = ad.read_h5ad(data_dir / "mcfaline2023_subset.h5ad")
+    keys = {"perturbation_key": "perturbation", "control": "control"}
+    scvi.settings.seed = seed
+    pv.pp.split_perturbations(adata, "random", **keys, seed=seed)
+    pv.SAMSVAE.setup_anndata(adata, **keys, labels_key="cell_type")
+    model = pv.SAMSVAE(adata)
+    model.train(split_key="split", accelerator="cpu", enable_progress_bar=False)
+    largest = model.get_masks().max(axis=1)
+    print(largest.round(3))
+    assert (largest > 0.5).sum() <= 1

@@ -352,3 +352,20 @@ class SparseEffects(nn.Module):
         self.mask_logits.copy_(torch.where(starts_open, odds.clamp(max=START_LOGIT), closed))
         self.open = False
         return float(threshold)
+
+    @torch.no_grad()
+    def close_masks(self, components: Tensor, latents: Tensor) -> None:
+        """Put single entries back to their prior, mask and effect; effects that a network gives are left.
+
+        Parameters
+        ----------
+        components, latents
+            Indices of the entries, of equal length.
+        """
+        self.mask_logits[components, latents] = self.base_logit
+        if self.embedding_inference != "correlated":
+            self.loc[components, latents] = 0.0
+            sd = self.effect_prior_scale * self.typical_dose[components, 0] - VARIANCE_FLOOR
+            self.log_sd[components, latents] = sd.clamp(min=VARIANCE_FLOOR).log()
+            if self.embedding_inference == "low_rank":
+                self.factor[components, latents] = 0.0

@@ -237,7 +237,9 @@ def test_one_epoch_learns_masks(small_screen: AnnData, model_of: Callable, quiet
     # nothing was learned without masks: they start undecided, as published, and move
     logits = model.module.effects.mask_logits
     assert logits.abs().min() > 0
-    assert logits.abs().max() < 2
+    closed = logits.isclose(torch.tensor(model.module.effects.base_logit))  # by validation cells
+    assert closed.sum() <= 4
+    assert logits[~closed].abs().max() < 2
 
 
 class Break(pl.Callback):

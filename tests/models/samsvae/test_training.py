@@ -150,7 +150,7 @@ def test_statistics_come_from_the_training_cells_alone(small_screen: AnnData, mo
 def test_monitor_is_the_objective_by_hand(small_screen: AnnData, model_of: Callable, quiet: dict) -> None:
     """mean(reconstruction + local KL) + global KL / training cells, over ragged validation batches."""
     adata = split_column(small_screen)
-    model = model_of(adata, n_particles=2, setup={"batch_key": "batch"})
+    model = model_of(adata, n_particles=2, sparsify="published", setup={"batch_key": "batch"})
     n_train = int((adata.obs["split"] == "train").sum())
     inner = model.module.loss
     by_hand: list[np.ndarray] = []

@@ -57,6 +57,8 @@ def check_arguments(arguments: Mapping[str, Any], **accepted: tuple[Any, ...]) -
             raise ValueError(f"{name}={value} is not positive.")
         if name in NOT_NEGATIVE and value < 0:
             raise ValueError(f"{name}={value} is negative.")
+        if name == "mask_prior" and not 0 < value < 1:
+            raise ValueError(f"mask_prior={value} is not a probability strictly between 0 and 1.")
     if arguments.get("objective") == "iwae" and arguments["n_particles"] < 2:
         raise ValueError(
             f"objective='iwae' weighs several draws of a cell, but n_particles={arguments['n_particles']}: pass "

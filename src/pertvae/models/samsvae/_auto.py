@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pertvae.models.base._access import minibatches
 from pertvae.models.base._phases import Phase
+from pertvae.models.samsvae._evidence import heed_validation_cells
 from pertvae.models.samsvae._sparsify import Sparsifier
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Chooser:
 
     def choose(self) -> str:
         """Put the weights of the better way into the module; return its name, ``"rotate"`` or ``"published"``."""
+        heed_validation_cells(self.model)
         if self.published is None:
             return "rotate"
         module = self.model.module

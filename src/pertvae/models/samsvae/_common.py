@@ -147,6 +147,7 @@ class ShiftedLatentModule(PerturbationModule):
         n_samples: int | None = None,
         globals_: EffectSample | None = None,
         generator: torch.Generator | None = None,
+        shift_change: Tensor | None = None,
     ) -> dict[str, Any]:
         """Draw the latents.
 
@@ -162,6 +163,8 @@ class ShiftedLatentModule(PerturbationModule):
             Draws of the global latents to use instead of new ones; then ``n_samples`` must be their number or ``None``.
         generator
             Source of randomness; the global one by default.
+        shift_change
+            What is added to the cells' shifts, ``(samples, cells, latents)``.
         """
         particles = self.n_particles if n_samples is None else n_samples
         shared = self.objective == "iwae" and n_samples is None
@@ -169,6 +172,8 @@ class ShiftedLatentModule(PerturbationModule):
             globals_, shift = self.draw_shift(doses, 1 if shared else particles, generator)
         else:
             shift = self.shift_of(globals_, doses)
+        if shift_change is not None:
+            shift = shift + shift_change
         covariates = self.covariates(batch_index, labels, cat_covs, cont_covs)
         n = particles if shared and len(shift) == 1 else len(shift)
         drawn = self.draw_basal(x, doses, covariates, shift, n_samples=n, generator=generator)

@@ -14,6 +14,7 @@ from pertvae.models.base._phases import Phase
 from pertvae.models.samsvae._additive import ADDITIVE, AdditiveMixin
 from pertvae.models.samsvae._arguments import check_arguments, own_arguments, summary, without
 from pertvae.models.samsvae._auto import Chooser
+from pertvae.models.samsvae._evidence import heed_validation_cells
 from pertvae.models.samsvae._module import SAMSVAEModule
 from pertvae.models.samsvae._sparsify import Sparsifier
 
@@ -43,7 +44,7 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         ``"nb"`` (gene-wise dispersion), ``"poisson"``, or ``"normal"`` for real values.
     mask_prior
         Prior probability that a perturbation touches a latent. The paper's reported value; a larger one finds weaker
-        effects and, where nothing happens, more that are not there.
+        effects and more that are not there.
     effect_prior_scale
         Prior standard deviation of the effects of a dose of 1, in units of the basal state's prior standard deviation:
         scale doses to about 1, or this to their inverse.
@@ -64,15 +65,15 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         ``None``: ``mask_prior`` is the same for all. ``"perturbation"``: each perturbation has its own inclusion
         probability, ``Beta(1, 1 / mask_prior - 1)``. ``"latent"``: each latent has its own, ``Beta(a / n_latent, 1)``
         (finite Indian buffet process), which prunes latents that no perturbation uses. Both have the mean
-        ``mask_prior``. A probability of each entry's own would change nothing: with a single draw from it, its
-        marginal is ``mask_prior`` again.
+        ``mask_prior``.
     sparsify
         How training finds the masks. ``"rotate"``: effects without masks first, then a turn of the latent space to the
-        basis in which they are sparse (Jennrich 2006), then masks; ``train`` divides its epochs over these phases.
+        basis in which they are sparse (Jennrich 2006), then masks; ``train`` divides its epochs over these phases, and
+        closes masks that the validation cells speak against.
         ``"published"``: masks learn from the start, undecided; they hardly find the true programs, but where a
-        perturbation has few cells they may predict better. ``"auto"``: both are trained, in 1.4 times the steps, and
-        the published way is kept if it describes the validation cells better, by more than two standard errors;
-        ``sparsify_`` says which was kept. Without validation cells or early stopping it is ``"rotate"``.
+        perturbation has few cells they may predict better. ``"auto"``: trains both, in 1.4 times the steps, and keeps
+        the published way if it describes validation cells better, by more than two standard errors (``sparsify_`` says
+        which was kept); ``"rotate"`` without validation cells or early stopping.
     dose_response
         ``"linear"``: a shift is the dose times the effect. ``"hill"``: the effect is that of the perturbation's
         largest training dose, and smaller doses have a share of it that follows a Hill curve of their perturbation,
@@ -80,8 +81,7 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         own, whose size the dose says nothing about: the perturbation's effect plus a deviation, under one mask (not in
         the paper). Other doses cannot be predicted.
     dose_deviation_scale
-        Prior standard deviation of the deviations of ``"categories"``, as a share of ``effect_prior_scale``. Towards 0
-        all doses have the same effect.
+        Prior standard deviation of the deviations of ``"categories"``, as a share of ``effect_prior_scale``.
     dose_levels
         Perturbation and dose of each category, by default all doses that occur in the registered data (kept when the
         model is saved).
@@ -99,7 +99,7 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
     Raises
     ------
     ValueError
-        If an argument is not accepted, or the data were registered as real values and the likelihood needs counts.
+        If an argument is not accepted, or counts are needed and the data were registered as real values.
 
     Examples
     --------
@@ -147,8 +147,6 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         arguments = own_arguments(locals())
         super().__init__(adata, registry)
         check_arguments(arguments)
-        if not 0 < mask_prior < 1:
-            raise ValueError(f"mask_prior={mask_prior} is not a probability strictly between 0 and 1.")
         dose_levels = self._dose_levels(dose_response, dose_levels)
         arguments["dose_levels"] = self._indexed_levels(dose_levels)
         shape = self._module_shape(gene_likelihood)
@@ -180,6 +178,8 @@ class SAMSVAE(AdditiveMixin, PerturbationModel):
         if self._chooser is not None:
             self.sparsify_ = self._chooser.choose()
             self._chooser = None
+        elif self.sparsify_ == "rotate":
+            heed_validation_cells(self)
         super()._after_training()
 
     def get_masks(self) -> pd.DataFrame:

@@ -132,6 +132,12 @@ class SAMSVAEModule(ShiftedLatentModule):
         return doses if self.levels is None else torch.cat([doses, self.levels(doses)], dim=-1)
 
     @property
+    def component_of_treatment(self) -> Tensor:
+        """Component of each of the treatments."""
+        own = torch.arange(len(self.leak), device=self.leak.device)
+        return own if self.levels is None else torch.cat([own, self.levels.component])
+
+    @property
     def cells_per_treatment(self) -> Tensor:
         """Training cells of each component, and of each level."""
         cells = self.cells_per_component

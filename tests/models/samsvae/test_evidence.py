@@ -1,0 +1,250 @@
+"""Validation cells speak for and against the masks that training opened."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData
+
+import pertvae as pv
+from pertvae.models.base._access import dose_table, minibatches
+from pertvae.models.samsvae import _evidence
+from pertvae.models.samsvae._evidence import DRAWS, cells_of, evidence_for, heed_validation_cells
+
+
+@pytest.fixture
+def adata(small_screen: AnnData) -> AnnData:
+    """Every fourth cell validates."""
+    adata = small_screen.copy()
+    adata.obs["split"] = np.where(np.arange(adata.n_obs) % 4 == 0, "valid", "train")
+    return adata
+
+
+@pytest.fixture
+def model(adata: AnnData, model_of: Callable, quiet: dict) -> pv.SAMSVAE:
+    """A model with masks open and closed, all with effects."""
+    model = model_of(adata, sparsify="published")
+    model.train(max_epochs=20, batch_size=128, split_key="split", **quiet)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.module.effects.loc.normal_(std=3.0, generator=generator)
+        model.module.effects.mask_logits.fill_(-4.0)[:, ::2] = 4.0
+    return model
+
+
+@torch.inference_mode()
+def naive_evidence(model: pv.SAMSVAE, component: int, latent: int) -> float:
+    """Evidence for one mask from its component's validation cells alone, with all its effects set to zero."""
+    module, adata = model.module, model.adata
+    module.eval()
+    rows = np.sort(np.asarray(model.validation_indices))
+    rows = rows[dose_table(model, adata)[rows][:, [component]].toarray()[:, 0] > 0]
+    globals_ = module.draw_globals(DRAWS, torch.Generator().manual_seed(0))
+    treated = [component]
+    if module.levels is not None:
+        levels = torch.nonzero(module.levels.component == component)[:, 0]
+        treated += (levels + len(model.perturbation_names)).tolist()
+    without = globals_.effect.clone()
+    without[:, treated, latent] = 0
+    total = 0.0
+    for block, (positions, tensors) in enumerate(minibatches(model, adata, rows)):
+        for sign, effect in ((1, without), (-1, globals_.effect)):
+            outputs = module.inference(
+                **module._get_inference_input(tensors),
+                globals_=replace(globals_, effect=effect),
+                generator=torch.Generator().manual_seed(block + 1),
+            )
+            px = module.generative(**module._get_generative_input(tensors, outputs))
+            reconstruction = -px["px"].log_prob(tensors["X"]).sum(-1)
+            mean, sd = outputs["basal_mean"], outputs["basal_sd"]
+            kl = 0.5 * (mean.square() + sd.square() - 1 - 2 * sd.log()).sum(-1)
+            total += sign * float((reconstruction + kl).mean(0)[: len(positions)].double().sum())
+    return total
+
+
+@pytest.mark.parametrize("doses", ["linear", "categories"])
+def test_evidence_is_what_cells_lose_without_the_mask(
+    adata: AnnData, model: pv.SAMSVAE, model_of: Callable, quiet: dict, doses: str
+) -> None:
+    if doses == "categories":
+        adata.obs["dose"] = np.where(np.arange(adata.n_obs) % 3 == 0, "0.5", "1")
+        parts = adata.obs["perturbation"].astype(str).str.count(r"\+") + 1
+        adata.obs["dose"] = ["+".join([d] * n) for d, n in zip(adata.obs["dose"], parts, strict=True)]
+        model = model_of(adata, {"dosage_key": "dose"}, sparsify="published", dose_response="categories")
+        model.train(max_epochs=2, split_key="split", **quiet)
+        with torch.no_grad():
+            model.module.effects.loc.normal_(std=3.0)
+            model.module.levels.loc.normal_(std=2.0)
+            model.module.effects.mask_logits.fill_(-4.0)[:, ::2] = 4.0
+    # one mask at a time: then the blocks hold the same cells, with the same noise
+    for component, latent in ((0, 0), (3, 4), (5, 2)):
+        asked = torch.zeros_like(model.module.effects.mask_logits, dtype=torch.bool)
+        asked[component, latent] = True
+        found = evidence_for(model, asked)
+        expected = naive_evidence(model, component, latent)
+        assert abs(expected) > 1
+        assert float(found[component, latent]) == pytest.approx(expected, rel=1e-3, abs=1e-2)
+        assert (found[~asked] == 0).all()
+
+
+def test_masks_are_asked_one_by_one_whatever_else_is_asked(model: pv.SAMSVAE) -> None:
+    asked = model.module.effects.mask_logits > 0
+    together = evidence_for(model, asked)
+    for component, latent in ((1, 0), (6, 2), (7, 4)):
+        alone = torch.zeros_like(asked)
+        alone[component, latent] = True
+        # other cells stand beside them in the blocks, with other draws of the basal state
+        assert float(evidence_for(model, alone)[component, latent]) == pytest.approx(
+            float(together[component, latent]), rel=0.25, abs=4
+        )
+
+
+def fake_evidence(monkeypatch: pytest.MonkeyPatch, *tables: torch.Tensor) -> list[torch.Tensor]:
+    """Let the validation cells say this, call by call; return what was asked."""
+    asked_for: list[torch.Tensor] = []
+
+    def say(model: pv.SAMSVAE, asked: torch.Tensor) -> torch.Tensor:
+        asked_for.append(asked.clone())
+        return torch.where(asked, tables[len(asked_for) - 1], torch.zeros_like(tables[0]))
+
+    monkeypatch.setattr(_evidence, "evidence_for", say)
+    return asked_for
+
+
+def test_log_odds_take_losses_and_not_gains(model: pv.SAMSVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    effects = model.module.effects
+    before = effects.mask_logits.detach().clone()
+    says = torch.zeros_like(before)
+    says[0, 0], says[1, 0], says[2, 0], says[3, 1] = 50.0, -3.0, -4.5, -50.0
+    asked = fake_evidence(monkeypatch, says, says)
+    heed_validation_cells(model)
+    # latent 0 has support by perturbation 0
+    expected = before.clone()
+    expected[1, 0] = 1.0
+    expected[2, 0] = effects.base_logit
+    torch.testing.assert_close(effects.mask_logits.detach(), expected)
+    assert effects.loc[2, 0] == 0
+    assert effects.log_sd[2, 0].exp().item() == pytest.approx(1.0, abs=1e-3)
+    assert (effects.loc[3, 1] != 0).item()  # closed masks are not asked
+    torch.testing.assert_close(asked[0], before > 0)
+    # after one was closed, its component's others are asked again
+    again = torch.zeros_like(before, dtype=torch.bool)
+    again[2, [2, 4]] = True
+    torch.testing.assert_close(asked[1], again)
+    assert len(asked) == 2
+
+
+def test_a_latent_without_support_is_left_by_those_who_lose(model: pv.SAMSVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    effects = model.module.effects
+    before = effects.mask_logits.detach().clone()
+    says = torch.zeros_like(before)
+    says[:, 0] = torch.tensor([-0.5, -0.1, 0.4, 0.1, 0.0, 0.0, 0.0, 0.0])  # -0.1 together
+    says[:, 2] = torch.tensor([-0.5, -0.1, 0.4, 0.3, 0.0, 0.0, 0.0, 0.0])
+    says[:, 4] = torch.tensor([-4.5, 1.0, 3.6, -0.2, 0.0, 0.0, 0.0, 0.0])  # -0.1, and without the worst 4.4
+    fake_evidence(monkeypatch, *[says] * 9)
+    heed_validation_cells(model)
+    closed = (before > 0) & (effects.mask_logits < 0)
+    expected = torch.zeros_like(closed)
+    expected[0, 0] = expected[0, 4] = True
+    torch.testing.assert_close(closed, expected)
+    assert effects.mask_logits[0, 2].item() == pytest.approx(3.5)
+    assert effects.mask_logits[3, 4].item() == pytest.approx(3.8)
+
+
+def test_the_worst_is_closed_first_and_may_save_the_other(model: pv.SAMSVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    effects = model.module.effects
+    first, second = torch.zeros_like(effects.mask_logits), torch.zeros_like(effects.mask_logits)
+    first[3, 0] = second[3, 0] = 40.0  # another's gain supports the latent
+    first[4, 0], first[4, 2] = -20.0, -30.0
+    second[4, 0] = -1.0
+    fake_evidence(monkeypatch, first, second)
+    heed_validation_cells(model)
+    assert effects.mask_logits[4, 2].item() == pytest.approx(effects.base_logit)
+    assert effects.mask_logits[4, 0].item() == pytest.approx(3.0)
+
+
+def test_a_planted_mask_is_closed_and_true_ones_stay(adata: AnnData, model_of: Callable, quiet: dict) -> None:
+    model = model_of(adata)
+    model.train(max_epochs=200, batch_size=128, split_key="split", **quiet)
+    effects = model.module.effects
+    true = effects.mask_logits > 0
+    assert true.sum() >= 3
+    wrong = torch.zeros_like(true)
+    for component in range(len(true)):
+        wrong[component, int((~true[component]).nonzero()[0])] = True
+    with torch.no_grad():
+        effects.mask_logits[wrong] = 5.0
+        effects.loc[wrong] = 4.0
+    heed_validation_cells(model)
+    assert (effects.mask_logits[wrong] < 0).all()
+    assert (effects.mask_logits[true] > 0).all()
+
+
+def test_perturbations_without_validation_cells_keep_their_masks(
+    adata: AnnData, model: pv.SAMSVAE, model_of: Callable, quiet: dict
+) -> None:
+    names = model.perturbation_names
+    has = adata.obs["perturbation"].astype(str).str.split("+", regex=False).map(lambda parts: names[2] in parts)
+    adata.obs.loc[has, "split"] = "train"
+    other = model_of(adata, sparsify="published")
+    other.train(max_epochs=1, split_key="split", **quiet)
+    other.module.load_state_dict(model.module.state_dict())
+    with torch.no_grad():
+        other.module.effects.loc.fill_(6.0)  # wrong for all
+    heed_validation_cells(other)
+    open_ = other.module.effects.mask_logits > 0
+    assert open_[2].sum() == 3
+    assert open_.sum() <= 6  # of 24
+    rows = cells_of(other, np.ones(len(names), bool))
+    assert set(rows) < set(other.validation_indices)
+
+
+def test_at_most_so_many_cells_of_a_perturbation(model: pv.SAMSVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = np.zeros(len(model.perturbation_names), bool)
+    only[3] = True
+    all_cells = cells_of(model, only)
+    monkeypatch.setattr(_evidence, "MAX_CELLS", 4)
+    few = cells_of(model, only)
+    assert len(few) == 4 < len(all_cells)
+    assert set(few) <= set(all_cells)
+    np.testing.assert_array_equal(few, cells_of(model, only))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "split", "called"),
+    [
+        ({}, True, True),
+        ({"sparsify": "auto"}, True, True),
+        ({"sparsify": "published"}, True, False),
+        ({}, False, False),
+    ],
+)
+def test_when_they_are_asked(
+    adata: AnnData,
+    model_of: Callable,
+    quiet: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict,
+    split: bool,
+    called: bool,
+) -> None:
+    calls: list[torch.Tensor] = []
+
+    def record(model: pv.SAMSVAE, asked: torch.Tensor) -> torch.Tensor:
+        calls.append(asked)
+        return torch.full(asked.shape, -100.0)
+
+    monkeypatch.setattr(_evidence, "evidence_for", record)
+    model = model_of(adata, mask_prior=0.3, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that early stopping is off
+        data = {"split_key": "split"} if split else {"train_size": 1.0}
+        model.train(max_epochs=14, batch_size=64, **data, **quiet)
+    assert bool(calls) == called
+    if called and model.sparsify_ == "rotate":
+        assert (model.get_masks() < 0.5).all(axis=None)

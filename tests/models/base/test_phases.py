@@ -195,6 +195,8 @@ def test_a_timer_counts_over_all_phases(screen: AnnData, monkeypatch: pytest.Mon
     train(model_of(screen), callbacks=[Clock(), timer], early_stopping=False)
     assert timer.time_elapsed() == 12
     assert len(train(model_of(screen), callbacks=[Clock(), limit], early_stopping=False)) == 8
+    limited = train(model_of(screen), callbacks=[Clock()], max_time={"seconds": 8}, early_stopping=False)
+    assert len(limited) == 8
 
 
 # -------------------------------------------------------------------- breaking off

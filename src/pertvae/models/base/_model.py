@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from anndata import AnnData
+from lightning.pytorch.callbacks import Timer
 from mudata import MuData
 from scvi import REGISTRY_KEYS, settings
 from scvi.model.base import RNASeqMixin, VAEMixin
@@ -141,7 +142,7 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
         (``state_dict`` and ``load_state_dict``: early stopping, checkpoints) begin each phase with the state they had
         before the first, because objectives of two phases do not compare; afterwards they tell of the last phase, and
         checkpoints of earlier phases are still on disk. Other callbacks are left alone, so a recorder sees all phases,
-        and a Lightning ``Timer`` counts over all.
+        and a Lightning ``Timer`` counts over all, as ``max_time`` does.
 
         A trained model is left as it was, with its weights, history and split, when training it further breaks off, by
         an error or from the keyboard. A first training that breaks off leaves the model untrained: the next call
@@ -205,6 +206,8 @@ class PerturbationModel(PredictionMixin, GettersMixin, RNASeqMixin, VAEMixin, Re
             trainer_kwargs.setdefault("early_stopping_monitor", MONITOR)
             trainer_kwargs.setdefault("early_stopping_patience", max(5, math.ceil(PATIENCE_STEPS / (steps * between))))
         callbacks = list(trainer_kwargs.pop("callbacks", []))
+        if (max_time := trainer_kwargs.pop("max_time", None)) is not None:  # a trainer's own counts one phase
+            callbacks.append(Timer(duration=max_time))
         fresh = FreshPhase(self, callbacks)
         best: int | None = None
         started = False

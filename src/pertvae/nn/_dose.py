@@ -161,6 +161,19 @@ class DoseDeviations(nn.Module):
         self.loc.copy_(self.loc @ rotation)
         self.log_sd.copy_(0.5 * ((2 * self.log_sd).exp() @ rotation.square()).log())
 
+    @torch.no_grad()
+    def close(self, components: Tensor, latents: Tensor) -> None:
+        """Put the deviations of all doses of some components in some latents back to their prior.
+
+        Parameters
+        ----------
+        components, latents
+            Indices, of equal length.
+        """
+        level, entry = torch.nonzero(self.component[:, None] == components, as_tuple=True)
+        self.loc[level, latents[entry]] = 0.0
+        self.log_sd[level, latents[entry]] = math.log(self.prior_scale)
+
     def shifts(self, shared: Tensor) -> Tensor:
         """Return the shifts that there are: by each level, or the shared one of a perturbation without deviations.
 

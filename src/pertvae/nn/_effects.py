@@ -322,6 +322,19 @@ class SparseEffects(nn.Module):
             h = h + F.leaky_relu(self.second(h), SLOPE)
             self.head.rotate(rotation, h.mean(0))
 
+    def log_odds(self, evidence: Tensor | float = 0.0) -> Tensor:
+        """Return the log-odds of open masks, given the effects that open masks have, ``(components, latents)``.
+
+        Those of ``mask_prior`` plus the log Bayes factor ``log N(0; 0, scale^2) / N(0; mean, sd^2)`` (Savage-Dickey).
+
+        Parameters
+        ----------
+        evidence
+            What else the mask switches adds to the log Bayes factor, ``(components, latents)``.
+        """
+        mean, sd = self.posterior(torch.ones_like(self.mask_logits))
+        return self.base_logit + 0.5 * (mean / sd).square() + torch.log(sd / self.effect_prior_scale) + evidence
+
     @torch.no_grad()
     def start_masks(self, energy: float, size: Tensor | None = None, evidence: Tensor | float = 0.0) -> float:
         """Switch masks on, from the dense effects: the largest that are significant are open, others at the prior.
@@ -330,8 +343,7 @@ class SparseEffects(nn.Module):
         ----------
         energy
             Share of the sum of squared shifts that the largest ones carry. Relative, because the size of effects
-            differs between screens. Significant is a mask whose posterior log-odds, the prior's plus the log Bayes
-            factor ``log N(0; 0, scale^2) / N(0; mean, sd^2)`` (Savage-Dickey), are positive.
+            differs between screens. Significant is a mask whose :meth:`log_odds` are positive.
         size
             Sizes of the shifts, ``(components, latents)``; by default those by the effects at their typical doses.
         evidence
@@ -341,12 +353,12 @@ class SparseEffects(nn.Module):
         -------
         Size of the smallest shift among the largest, in units of the latents.
         """
-        mean, sd = self.posterior(torch.ones_like(self.mask_logits))
+        mean, _ = self.posterior(torch.ones_like(self.mask_logits))
         size = mean.abs() * self.typical_dose if size is None else size
         largest = size.flatten().sort(descending=True).values
         share = largest.square().cumsum(0) / largest.square().sum().clamp(min=1e-12)
         threshold = largest[int((share < energy).sum().clamp(max=len(largest) - 1))]
-        odds = self.base_logit + 0.5 * (mean / sd).square() + torch.log(sd / self.effect_prior_scale) + evidence
+        odds = self.log_odds(evidence)
         closed = torch.full_like(odds, self.base_logit)
         starts_open = (size >= threshold) & (odds > 0)
         self.mask_logits.copy_(torch.where(starts_open, odds.clamp(max=START_LOGIT), closed))
@@ -357,12 +369,14 @@ class SparseEffects(nn.Module):
     def close_masks(self, components: Tensor, latents: Tensor) -> None:
         """Put single entries back to their prior, mask and effect; effects that a network gives are left.
 
+        The mask goes to ``mask_prior``, and where that would be open to one minus it.
+
         Parameters
         ----------
         components, latents
             Indices of the entries, of equal length.
         """
-        self.mask_logits[components, latents] = self.base_logit
+        self.mask_logits[components, latents] = -abs(self.base_logit)
         if self.embedding_inference != "correlated":
             self.loc[components, latents] = 0.0
             sd = self.effect_prior_scale * self.typical_dose[components, 0] - VARIANCE_FLOOR

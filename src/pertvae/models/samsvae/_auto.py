@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pertvae.models.base._access import minibatches
 from pertvae.models.base._phases import Phase
-from pertvae.models.samsvae._evidence import heed_validation_cells
+from pertvae.models.samsvae._evidence import DRAWS, heed_validation_cells
 from pertvae.models.samsvae._sparsify import Sparsifier
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ SHARE = 0.4
 """Epochs of the published way over those of the rotation's phases."""
 STANDARD_ERRORS = 2.0
 """By so many the published way must be better: the rotation gives the masks that can be read."""
-DRAWS = 8
 MAX_CELLS = 10_000
 
 
@@ -75,7 +74,7 @@ class Chooser:
         return [published, replace(first, begin=start_anew, restarts=True), *others]
 
     def choose(self) -> str:
-        """Put the weights of the better way into the module; return its name, ``"rotate"`` or ``"published"``."""
+        """Check the masks of both ways and keep the better one; return its name, ``"rotate"`` or ``"published"``."""
         heed_validation_cells(self.model)
         if self.published is None:
             return "rotate"
@@ -83,6 +82,7 @@ class Chooser:
         rotated = cell_objectives(self.model)
         kept = copy_state(module)
         module.load_state_dict(self.published)
+        heed_validation_cells(self.model)
         published = cell_objectives(self.model)
         difference = rotated - published
         error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf

@@ -199,6 +199,25 @@ class ShiftedLatentModule(PerturbationModule):
             log_q = q.log_prob(outputs["z_basal"]).sum(-1)
         return log_q - Normal(0.0, 1.0, validate_args=False).log_prob(outputs["z_basal"]).sum(-1)
 
+    def local_terms(
+        self, x: Tensor, outputs: dict[str, Any], generative_outputs: dict[str, Any], exact: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return reconstruction and local KL of each draw and cell, both ``([samples,] cells)``, nats.
+
+        Parameters
+        ----------
+        x
+            Expression of the cells.
+        outputs, generative_outputs
+            Of :meth:`inference` and ``generative``.
+        exact
+            Whether the KL is in closed form where there is one, else ``log q - log p`` at the draws.
+        """
+        reconstruction = -self.decoder.log_prob(generative_outputs[MODULE_KEYS.PX_KEY], x)
+        if exact and "basal_log_q" not in outputs:
+            return reconstruction, gaussian_kl(outputs["basal_mean"], outputs["basal_sd"]).sum(-1)
+        return reconstruction, self.local_ratio(outputs)
+
     def loss(
         self,
         tensors: dict[str, Tensor],
@@ -216,12 +235,8 @@ class ShiftedLatentModule(PerturbationModule):
         """
         inputs = self._get_inference_input(tensors)
         x = inputs["x"]
-        reconstruction = -self.decoder.log_prob(generative_outputs[MODULE_KEYS.PX_KEY], x)
         iwae = self.objective == "iwae"
-        if iwae or "basal_log_q" in inference_outputs:
-            kl_local = self.local_ratio(inference_outputs)
-        else:
-            kl_local = gaussian_kl(inference_outputs["basal_mean"], inference_outputs["basal_sd"]).sum(-1)
+        reconstruction, kl_local = self.local_terms(x, inference_outputs, generative_outputs, exact=not iwae)
         local_loss: Tensor | None = None
         if iwae:
             log_weights = torch.atleast_2d(-reconstruction - kl_local)

@@ -7,9 +7,11 @@ number a gene, for the price of one mask. New cells of it are described worse wi
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -22,110 +24,141 @@ logger = logging.getLogger(__name__)
 
 DRAWS = 8
 MAX_CELLS = 200
-"""Validation cells asked of each perturbation: evidence that decides comes from far fewer."""
+"""Validation cells chosen of each perturbation: evidence that decides comes from far fewer."""
+MARGIN = 3.0
+"""Nats that the validation cells of a latent's users must have against it: 20 to 1, beyond what chance says about weak
+effects. A latent that was learned from noise costs them some tens. Chosen on the McFaline and Papalexi subsets."""
+SURE = 20.0
+"""Log-odds of masks that are open in every draw."""
 
 
 def heed_validation_cells(model: SAMSVAE) -> None:
-    """Take the evidence of the validation cells against open masks into account.
+    """Close the masks that the validation cells of their perturbation speak against.
 
-    Training found the log-odds of a mask from the training cells. By Bayes' rule those given the validation cells too
-    are larger by what these lose, in nats, when the mask is closed. The networks have seen the training cells and the
-    choice of the best weights the others, so gains are not added, but losses are, and a mask whose log-odds fall below
-    zero is closed. That is enough where many perturbations share a latent. One that has it for itself can have learned
-    the latent from noise, and then its log-odds say nothing: of a latent whose users' validation cells lose nothing
-    together without it, masks are closed until those that are left gain.
+    The evidence of the validation cells for a mask is by how many nats they are described worse when it is closed.
+    Where they are described better, it is negative, and
 
-    A closed mask and its effect go back to their prior. One mask of a perturbation at a time, the worst first, because
-    what another is worth may change. Perturbations without validation cells keep their masks.
+    - a mask is closed if the negative evidence outweighs its log-odds by the training cells;
+    - a latent that a perturbation has for itself can have been learned from noise, and then its log-odds say nothing:
+      where the evidence of all masks of a latent together is below -3, the mask with the worst is closed, until it is
+      not.
+
+    A closed mask and its effect go back to their prior; the others are left as they are. One mask of a perturbation at
+    a time, because what another is worth may change. Perturbations without validation cells keep their masks.
 
     Parameters
     ----------
     model
         With weights and split of a training.
     """
-    module, effects = model.module, model.module.effects
-    if effects.open or not len(model.validation_indices):
+    module = model.module
+    if module.effects.open or not len(model.validation_indices):
         return
     module.eval()
-    found = effects.mask_logits.detach().clone()
-    asked = found > 0
-    n_open = int(asked.sum())
-    evidence = torch.zeros_like(found)
+    with torch.no_grad():
+        is_open = (module.effects.mask_logits > 0).cpu()
+        odds = torch.maximum(module.effects.mask_logits, module.mask_odds()).cpu()
+    n_open = int(is_open.sum())
+    cells, doses = chosen_cells(model, is_open.any(1).numpy())
+    partners = (doses != 0).astype(np.int32)
+    partners = partners.T @ partners  # perturbations that are in the same cells
+    evidence, asked = torch.zeros_like(odds), is_open.clone()
     while True:
         if asked.any():
-            evidence = torch.where(asked, evidence_for(model, asked), evidence)
-        kept = found > 0
-        support = torch.where(kept, evidence, 0.0).sum(0)
-        leaves = (support < 0) & (evidence == torch.where(kept, evidence, torch.inf).amin(0))
-        against = kept & (evidence < 0) & ((found + evidence < 0) | leaves)
+            evidence = torch.where(asked, evidence_for(model, asked, cells, doses), evidence)
+        support = torch.where(is_open, evidence, 0.0).sum(0)
+        worst_of_latent = evidence == torch.where(is_open, evidence, torch.inf).amin(0)
+        outweighed = odds + evidence < 0
+        against = is_open & (evidence < 0) & (outweighed | ((support < -MARGIN) & worst_of_latent))
         worst, latent = torch.where(against, evidence, torch.inf).min(dim=1)
         rows = torch.nonzero(worst < 0)[:, 0]
         if not len(rows):
             break
-        effects.close_masks(rows, latent[rows])
-        found[rows, latent[rows]] = -torch.inf
-        asked = torch.zeros_like(asked)
-        asked[rows] = found[rows] > 0
-    with torch.no_grad():
-        kept = found > 0
-        effects.mask_logits.copy_(torch.where(kept, found + evidence.clamp(max=0.0), effects.mask_logits))
-    logger.info("Validation cells closed %d of %d open masks.", n_open - int(kept.sum()), n_open)
+        device = module.effects.mask_logits.device
+        module.close_masks(rows.to(device), latent[rows].to(device))
+        is_open[rows, latent[rows]] = False
+        affected = np.unique(partners[rows.numpy()].nonzero()[1])
+        asked = torch.zeros_like(is_open)
+        asked[affected] = is_open[affected]
+    logger.info("Validation cells closed %d of %d open masks.", n_open - int(is_open.sum()), n_open)
 
 
 @torch.inference_mode()
-def evidence_for(model: SAMSVAE, asked: Tensor) -> Tensor:
-    """Return what the validation cells lose when single masks are closed, nats.
+def evidence_for(model: SAMSVAE, asked: Tensor, cells: np.ndarray, doses: sp.csr_matrix) -> Tensor:
+    """Return the evidence of cells for single masks, nats.
 
     Parameters
     ----------
     model
-        With weights and split of a training.
+        Trained.
     asked
-        Which masks, ``(components, latents)``.
+        Which masks, ``(components, latents)``, on the CPU.
+    cells
+        Indices of the cells.
+    doses
+        Their doses, cells x components.
 
     Returns
     -------
-    ``(components, latents)``: objective (reconstruction + KL of the basal state) without the mask minus that with it,
-    summed over the validation cells of its component, at most 200; 0 for masks that were not asked for, or have no
-    cells.
+    On the CPU, ``(components, latents)``: reconstruction + KL of the basal state without the mask minus that with it,
+    mean over eight draws of all open masks' effects and the basal state, summed over the cells of its component; 0 for
+    masks that were not asked for or have no cells, and where it is not a number.
     """
     module, adata = model.module, model._validate_anndata()
-    rows = cells_of(model, asked.any(1).cpu().numpy())
-    total = torch.zeros(asked.shape, dtype=torch.float64, device=asked.device)
-    if not len(rows):
+    total = torch.zeros(asked.shape, dtype=torch.float64)
+    has = np.asarray((doses[:, asked.any(1).numpy()] != 0).sum(axis=1)).ravel() > 0
+    cells, doses = cells[has], doses[has]
+    if not len(cells):
         return total.to(torch.float32)
-    generator = torch.Generator(module.device).manual_seed(0)
-    globals_ = module.draw_globals(DRAWS, generator)
-    for block, (positions, tensors) in enumerate(minibatches(model, adata, rows)):
-        n = len(positions)
+    logits = module.effects.mask_logits
+    kept = logits.clone()
+    try:
+        logits[kept > 0] = SURE
+        globals_ = module.draw_globals(DRAWS, torch.Generator(module.device).manual_seed(0))
+    finally:
+        logits.copy_(kept)
+    for block, (positions, tensors) in enumerate(minibatches(model, adata, cells)):
         inputs = module._get_inference_input(tensors)
-        response = module.respond(module.treatments(inputs["doses"]))
-
-        def objectives(change: Tensor | None, tensors=tensors, inputs=inputs, n=n, block=block) -> Tensor:  # type: ignore[no-untyped-def]
-            noise = torch.Generator(module.device).manual_seed(block + 1)  # the same with and without a mask
-            outputs = module.inference(**inputs, globals_=globals_, shift_change=change, generator=noise)
-            px = module.generative(**module._get_generative_input(tensors, outputs))
-            loss = module.loss(tensors, outputs, px)
-            return (loss.reconstruction_loss["reconstruction_loss"] + loss.kl_local["kl_local"])[:n]
-
-        # each cell has a list of masks, those of its components, and closes one after the other
-        cell, component, latent = torch.nonzero((inputs["doses"][:n, :, None] != 0) & asked, as_tuple=True)
-        if not len(cell):
-            continue
-        before = objectives(None)
-        turn = torch.arange(len(cell), device=cell.device) - torch.searchsorted(cell, cell)
-        for k in range(int(turn.max()) + 1):
-            c, t, z = (index[turn == k] for index in (cell, component, latent))
-            own = response[c] * (module.component_of_treatment == t[:, None])
-            change = torch.zeros(DRAWS, len(response), asked.shape[1], device=asked.device)
-            change[:, c, z] = -(own * globals_.effect[:, :, z].transpose(1, 2)).sum(-1)
-            total.index_put_((t, z), (objectives(change)[c] - before[c]).double(), accumulate=True)
-    return total.to(torch.float32)
+        change = torch.zeros(DRAWS, len(inputs["x"]), asked.shape[1], device=module.device)
+        before = objectives(module, tensors, globals_, block, None)
+        for of_cell, component, latent in turns(doses[positions], asked):
+            c, t, z = (index.to(module.device) for index in (of_cell, component, latent))
+            change.zero_()[:, c, z] = -module.mask_share(globals_, inputs["doses"], c, (t, z))
+            lost = objectives(module, tensors, globals_, block, change)[c] - before[c]
+            total.index_put_((component, latent), lost.cpu().double(), accumulate=True)
+    return total.to(torch.float32).nan_to_num(0.0, 0.0, 0.0)
 
 
-def cells_of(model: SAMSVAE, components: np.ndarray) -> np.ndarray:
-    """Return the validation cells of the components given by a boolean mask, at most 200 of each (seeded), sorted."""
+def objectives(module: Any, tensors: dict[str, Tensor], globals_: Any, seed: int, change: Tensor | None) -> Tensor:
+    """Return reconstruction + KL of the basal state of each cell, mean over draws, for changed shifts; seeded."""
+    inputs = module._get_inference_input(tensors)
+    noise = torch.Generator(module.device).manual_seed(seed + 1)  # the same with and without a mask
+    outputs = module.inference(**inputs, globals_=globals_, shift_change=change, generator=noise)
+    px = module.generative(**module._get_generative_input(tensors, outputs))
+    reconstruction, kl = module.local_terms(inputs["x"], outputs, px)
+    return (reconstruction + kl).mean(0)
+
+
+def turns(doses: sp.csr_matrix, asked: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield indices of cells, components and latents: each cell has a list of masks, and closes one a turn."""
+    found = doses.tocoo()
+    order = np.argsort(found.row, kind="stable")
+    pair, latent = torch.nonzero(asked[torch.as_tensor(found.col[order]).long()], as_tuple=True)
+    cell = torch.as_tensor(found.row[order]).long()[pair]
+    component = torch.as_tensor(found.col[order]).long()[pair]
+    turn = torch.arange(len(cell)) - torch.searchsorted(cell, cell)
+    for k in range(int(turn.max()) + 1 if len(turn) else 0):
+        yield cell[turn == k], component[turn == k], latent[turn == k]
+
+
+def chosen_cells(model: SAMSVAE, components: np.ndarray) -> tuple[np.ndarray, sp.csr_matrix]:
+    """Return validation cells of the components given by a boolean mask, sorted, and their doses.
+
+    At most 200 of each are chosen (seeded); one that was chosen for one component counts for all that it has.
+    """
     rows = np.random.default_rng(0).permutation(np.asarray(model.validation_indices, dtype=np.int64))
-    doses = dose_table(model, model._validate_anndata())[rows].tocsc()
-    chosen = [doses.indices[doses.indptr[t] : doses.indptr[t + 1]] for t in np.flatnonzero(components)]
-    return np.unique(rows[np.concatenate([np.sort(c)[:MAX_CELLS] for c in chosen])]) if chosen else rows[:0]
+    table = dose_table(model, model._validate_anndata())
+    doses = table[rows].tocsc()
+    chosen = [np.sort(doses.indices[doses.indptr[t] : doses.indptr[t + 1]]) for t in np.flatnonzero(components)]
+    cells = np.unique(rows[np.concatenate([c[:MAX_CELLS] for c in chosen])]) if chosen else rows[:0]
+    return cells, table[cells].tocsr()

@@ -132,12 +132,6 @@ class SAMSVAEModule(ShiftedLatentModule):
         return doses if self.levels is None else torch.cat([doses, self.levels(doses)], dim=-1)
 
     @property
-    def component_of_treatment(self) -> Tensor:
-        """Component of each of the treatments."""
-        own = torch.arange(len(self.leak), device=self.leak.device)
-        return own if self.levels is None else torch.cat([own, self.levels.component])
-
-    @property
     def cells_per_treatment(self) -> Tensor:
         """Training cells of each component, and of each level."""
         cells = self.cells_per_component
@@ -291,6 +285,39 @@ class SAMSVAEModule(ShiftedLatentModule):
             return self.effects.start_masks(energy)
         shared = self.effects.expected()
         return self.effects.start_masks(energy, self.levels.size(shared), self.levels.evidence(len(shared)))
+
+    def mask_odds(self) -> Tensor:
+        """Return the log-odds of open masks given the effects, see :meth:`~pertvae.nn.SparseEffects.log_odds`."""
+        return self.effects.log_odds(0.0 if self.levels is None else self.levels.evidence(len(self.leak)))
+
+    def close_masks(self, components: Tensor, latents: Tensor) -> None:
+        """Put masks and effects back to their prior, see :meth:`~pertvae.nn.SparseEffects.close_masks`."""
+        self.effects.close_masks(components, latents)
+        if self.levels is not None:
+            self.levels.close(components, latents)
+
+    def mask_share(
+        self, globals_: EffectSample, doses: Tensor, cells: Tensor, entries: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return what masks add to the shifts of cells, ``(samples, pairs)``.
+
+        Parameters
+        ----------
+        globals_
+            Draws.
+        doses
+            Of a minibatch.
+        cells, entries
+            The cell of each pair, and component and latent of its mask.
+        """
+        response = self.respond(self.treatments(doses))
+        component, latent = entries
+        found = response[cells, component] * globals_.effect[:, component, latent]
+        if self.levels is not None:
+            n = len(self.leak)
+            own = response[cells, n:] * (self.levels.component == component[:, None])
+            found = found + (own * globals_.effect[:, n:][:, :, latent].transpose(1, 2)).sum(-1)
+        return found
 
     def set_mask_cost(self, cost: float) -> None:
         """Make an open mask cost so many nats for every training cell of its perturbation, on top of its prior."""

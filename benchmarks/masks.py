@@ -143,7 +143,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=[*CONFIGS, *REFERENCES], help=f"of {', '.join(CONFIGS)}")
     parser.add_argument("--screens", nargs="+", default=list(SCREENS), choices=list(SCREENS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[3, 4, 5], help="0 to 2 chose the constants of the training"
+    )
     parser.add_argument("--max-epochs", type=int, default=None, help="default: chosen by the model")
     parser.add_argument("--n-mc-samples", type=int, default=100, help="importance samples a cell")
     parser.add_argument("--n-cells", type=int, default=1_000, help="cells predicted a double")

@@ -85,13 +85,13 @@ def test_latents_to_spare_stay_empty() -> None:
 @pytest.mark.slow
 def test_simulation_of_the_authors() -> None:
     """Full size, 150 cells a treatment: true masks, and a basal encoder that reads the shift fits better."""
-    adata = pv.datasets.simulate_screen("samsvae_authors", seed=0, cells_per_split=(150, 20, 20), n_controls=150)
+    adata = pv.datasets.simulate_screen("samsvae_authors", seed=3, cells_per_split=(150, 20, 20), n_controls=150)
     pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control", is_count_data=False)
     test = np.flatnonzero((adata.obs["split"] == "test").to_numpy())
     found, fit = {}, {}
-    for basal, max_epochs in (("correlated", None), ("mean_field", 150)):  # the latter gains nothing beyond
+    for basal in ("correlated", "mean_field"):
         model = pv.SAMSVAE(adata, n_latent=15, gene_likelihood="normal", basal_inference=basal)  # type: ignore[arg-type]
-        model.train(max_epochs=max_epochs, split_key="split", **QUIET)
+        model.train(split_key="split", **QUIET)
         found[basal], fit[basal] = f1(model), float(model.get_marginal_ll(indices=test))
     assert found["correlated"] >= 0.9
     assert fit["correlated"] >= fit["mean_field"] + 3

@@ -234,6 +234,7 @@ def test_conditions_are_told_apart(batch: dict) -> None:
     assert treatments[0].sum() == 0
     assert treatments[1:].argmax(1).tolist() == OF_CELLS[1:]
     assert treatments.sum(1).tolist() == [0] + [1] * 5  # doses are ignored
+    model.eval()
     with pytest.raises(ValueError, match="1 cells carry a combination.*combinations='sum'"):
         model.treatments(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
     with torch.no_grad():

@@ -82,6 +82,29 @@ def test_latents_to_spare_stay_empty() -> None:
     assert ((model.get_masks() > 0.5).sum() <= 1).sum() >= 3
 
 
+def few_perturbations() -> AnnData:
+    """10 perturbations of 150 cells, 300 genes, 10 latents: many have a latent for themselves."""
+    return pv.datasets.simulate_screen(
+        n_genes=300,
+        n_perturbations=10,
+        n_doubles=0,
+        cells_per_perturbation=150,
+        n_controls=400,
+        n_latent=10,
+        mask_density=0.12,
+        n_batches=1,
+        batch_sd=0.0,
+        n_oracle=10,
+    )
+
+
+@pytest.mark.slow
+def test_every_perturbation_keeps_a_latent_of_its_own() -> None:
+    """What validation cells close is noise."""
+    model = fitted(few_perturbations(), 200, n_latent=20)
+    assert ((model.get_masks() > 0.5).sum(axis=1) >= 1).all()
+
+
 @pytest.mark.slow
 def test_simulation_of_the_authors() -> None:
     """Full size, 150 cells a treatment: true masks, and a basal encoder that reads the shift fits better."""

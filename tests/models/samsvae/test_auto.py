@@ -93,6 +93,25 @@ def test_the_better_one_is_kept_and_the_rotation_where_none_is(trained: pv.SAMSV
         torch.testing.assert_close(found[name], value, msg=name)
 
 
+@pytest.mark.parametrize("kept", ["published", "rotate"])
+def test_masks_of_both_are_checked(trained: pv.SAMSVAE, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
+    from pertvae.models.samsvae import _auto
+
+    good = copy_state(trained.module)
+    with torch.no_grad():
+        trained.module.effects.mask_logits[2, 1] = trained.module.effects.mask_logits[5, 0] = 5.0
+        trained.module.effects.loc[2, 1], trained.module.effects.loc[5, 0] = 6.0, -6.0
+    chooser = Chooser(trained)
+    chooser.published = copy_state(trained.module)
+    found = iter([np.zeros(9) + (kept == "published"), np.zeros(9)])
+    monkeypatch.setattr(_auto, "cell_objectives", lambda model: next(found))
+    assert chooser.choose() == kept
+    closed = trained.module.effects.mask_logits < 0
+    assert closed[2, 1]
+    assert closed[5, 0]
+    assert (closed | (good["effects.mask_logits"] > 0)).all()
+
+
 def test_a_difference_within_the_noise_keeps_the_rotation(trained: pv.SAMSVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     from pertvae.models.samsvae import _auto
 

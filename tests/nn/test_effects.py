@@ -329,3 +329,9 @@ def test_closed_entries_have_their_prior(inference: str) -> None:
             torch.testing.assert_close(value[~closed], before[name][~closed], msg=name)
         else:
             torch.testing.assert_close(value, before[name], msg=name)
+
+
+def test_entries_are_closed_whatever_the_prior() -> None:
+    module = SparseEffects(T, L, mask_prior=0.8, effect_prior_scale=1.0, embedding_inference="mean_field")
+    module.close_masks(torch.tensor([1]), torch.tensor([2]))
+    assert module.inclusion[1, 2].item() == pytest.approx(0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from anndata import AnnData
 
@@ -25,6 +26,14 @@ def small_screen() -> AnnData:
         n_oracle=10,
         seed=0,
     )
+
+
+@pytest.fixture
+def adata(small_screen: AnnData) -> AnnData:
+    """The small screen, of which every fourth cell validates."""
+    adata = small_screen.copy()
+    adata.obs["split"] = np.where(np.arange(adata.n_obs) % 4 == 0, "valid", "train")
+    return adata
 
 
 @pytest.fixture

@@ -17,14 +17,6 @@ from pertvae.models.samsvae._auto import STANDARD_ERRORS, Chooser, cell_objectiv
 
 
 @pytest.fixture
-def adata(small_screen: AnnData) -> AnnData:
-    """Every fourth cell validates."""
-    adata = small_screen.copy()
-    adata.obs["split"] = np.where(np.arange(adata.n_obs) % 4 == 0, "valid", "train")
-    return adata
-
-
-@pytest.fixture
 def trained(adata: AnnData, model_of: Callable, quiet: dict) -> pv.SAMSVAE:
     model = model_of(adata, sparsify="published")
     model.train(max_epochs=30, batch_size=128, split_key="split", **quiet)

@@ -19,14 +19,6 @@ from pertvae.models.samsvae._evidence import DRAWS, MARGIN, chosen_cells, eviden
 
 
 @pytest.fixture
-def adata(small_screen: AnnData) -> AnnData:
-    """Every fourth cell validates."""
-    adata = small_screen.copy()
-    adata.obs["split"] = np.where(np.arange(adata.n_obs) % 4 == 0, "valid", "train")
-    return adata
-
-
-@pytest.fixture
 def model(adata: AnnData, model_of: Callable, quiet: dict) -> pv.SAMSVAE:
     """A model with masks open and closed, all with effects."""
     model = model_of(adata, sparsify="published")

@@ -26,8 +26,9 @@ DRAWS = 8
 MAX_CELLS = 200
 """Validation cells chosen of each perturbation: evidence that decides comes from far fewer."""
 MARGIN = 3.0
-"""Nats that the validation cells of a latent's users must have against it: 20 to 1, beyond what chance says about weak
-effects. A latent that was learned from noise costs them some tens. Chosen on the McFaline and Papalexi subsets."""
+"""Nats that the validation cells of a latent's users must have against it, 20 to 1: chance says less about true effects
+in few cells. Chosen with splits of the McFaline and Papalexi subsets in sight (benchmarks/programs_on_real_screens.py),
+where it is no test of itself."""
 SURE = 20.0
 """Log-odds of masks that are open in every draw."""
 

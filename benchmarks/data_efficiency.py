@@ -117,7 +117,7 @@ def run_model(name: str, work: AnnData, tested: list[str], truth: Any, args: arg
     cls = getattr(pv, name)
     cls.setup_anndata(work, perturbation_key=KEY, control=CONTROL)
     scvi.settings.seed = seed
-    model = cls(work)
+    model = cls(work, **({} if args.n_latent is None else {"n_latent": args.n_latent}))
     epochs = {} if args.max_epochs is None else {"max_epochs": args.max_epochs}
     model.train(split_key=SPLIT, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, **epochs)
     test = np.flatnonzero(work.obs[SPLIT] == "test")
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--n-mc-samples", type=int, default=100, help="importance samples a cell")
     parser.add_argument("--n-cells", type=int, default=1_000, help="cells predicted a combination")
+    parser.add_argument("--n-latent", type=int, default=None, help="default: that of the model")
     parser.add_argument("--max-epochs", type=int, default=None, help="default: chosen by the model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a tiny screen and two epochs: does it run?")
@@ -190,6 +191,7 @@ def main() -> None:
     screen.obs[KEY] = screen.obs[KEY].astype(str)
     shape = " ".join(f"{k}={v}" for k, v in sizes.items())
     settings = f"{shape} max_epochs={args.max_epochs} n_mc_samples={args.n_mc_samples} n_cells={args.n_cells}"
+    settings += "" if args.n_latent is None else f" model's n_latent={args.n_latent}"
     table = ResumableTable(args.out, COLUMNS, FIT, settings, ROWS)
     for seed in args.seeds:
         for protocol in args.protocols:

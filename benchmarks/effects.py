@@ -211,6 +211,8 @@ def main() -> None:
             continue
         screen = Screen(name, folder)
         for config in missing:
+            if config in REFERENCES and not screen.counts:
+                continue  # they take counts
             if config in CONFIGS:
                 rows = run_config(screen, CONFIGS[config], args)
             else:

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--genes", type=int, default=2_000)
     parser.add_argument("--density", type=float, default=0.2)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=8, help="enough for all phases of SAMSVAE")
     parser.add_argument("--out", type=Path, default=None, help="CSV (default: benchmarks/results/memory_<model>.csv)")
     parser.add_argument("--analyse", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -201,6 +201,19 @@ def test_doses(trained):
         trained.predict_perturbation(pd.DataFrame({"A": [-1.0]}, index=["bad"]))
     with pytest.raises(ValueError, match="'Q'"):
         trained.predict_perturbation(pd.DataFrame({"Q": [1.0]}, index=["x"]))
+    with pytest.raises(ValueError, match="more than one column 'A'"):
+        trained.predict_perturbation(pd.DataFrame([[1.0, 2.0]], index=["x"], columns=["A", "A"]))
+
+
+def test_columns_of_doses_in_any_order(trained, basal):
+    table = pd.DataFrame({"A": [1.0, 0.5], "B": [1.0, 2.0]}, index=["B+A", "doses"])
+    predicted = trained.predict_perturbation(table, basal=basal, n_cells=60)
+    turned = trained.predict_perturbation(table[["B", "A"]], basal=basal, n_cells=60)
+    for label in table.index:
+        pd.testing.assert_frame_equal(block(turned, label), block(predicted, label))
+    pd.testing.assert_frame_equal(
+        block(predicted, "B+A"), block(trained.predict_perturbation("A+B", basal=basal, n_cells=60), "A+B")
+    )
 
 
 def test_unknown_components(trained):

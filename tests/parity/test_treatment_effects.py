@@ -12,6 +12,7 @@ import torch
 from anndata import AnnData
 
 import pertvae as pv
+from pertvae._predictions import predicted_shifts
 from pertvae.models.base._effects_protocol import paper_transform
 
 LABELS = ["control"] * 6 + ["A"] * 4 + ["B"] * 4 + ["A+B"] * 4
@@ -120,6 +121,38 @@ def test_paper_protocol_against_numpy(likelihood: str, embedding: str, batches: 
     assert distance.max() < 4.5
     assert np.sqrt((distance**2).mean()) < 1.6  # one normal deviate each, a common control error in each gene
     assert (np.abs(expected) > 10 * error).sum() > 5  # so that something is compared
+
+
+@pytest.mark.parametrize("name", ["ConditionalVAE", "SVAEPlus", "SVAEPlus unique"])
+def test_siblings_without_a_posterior_of_effects(name: str) -> None:
+    """Their particles are the cells that ``predict_perturbation`` samples from the prior at a library of 10,000."""
+    model = frozen()
+    cls, *unique = name.split()
+    arguments: dict[str, Any] = {"combinations": "unique"} if unique else {}
+    adata = model.adata.copy()
+    getattr(pv, cls).setup_anndata(adata, perturbation_key="perturbation", control="control")
+    sibling = getattr(pv, cls)(adata, n_latent=LATENT, n_hidden=6, **arguments)
+    with pytest.warns(UserWarning, match="Early stopping is off"):
+        sibling.train(max_epochs=1, train_size=1.0, accelerator="cpu", enable_progress_bar=False)
+    m = sibling.module
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(1.5 * torch.randn(p.shape))
+        m.decoder.out.bias.copy_(torch.linspace(-7.0, 3.0, GENES))
+        m.decoder.log_scale.copy_(torch.linspace(1.0, -1.5, GENES))
+    options: dict[str, Any] = {"n_samples": 20_000, "space": "log1p_cp10k", "credible": 0.95, "key_added": None}
+    found = sibling.get_treatment_effects(list(CASES), protocol="paper", **options)
+    predicted = sibling.predict_perturbation(
+        list(CASES), basal="prior", library_size=1e4, n_cells=20_000, indices=np.arange(6), key_added=None
+    )
+    expected = predicted_shifts(predicted).loc[list(CASES)].to_numpy()
+    error = (found.upper - found.lower).to_numpy() / (2 * 1.96)
+    distance = np.abs(found.mean.to_numpy() - expected) / np.sqrt(2 * error**2)
+    assert distance.max() < 4.5
+    assert (np.abs(expected) > 10 * error).sum() > 5
+    with pytest.raises(ValueError, match=f"{cls}.*protocol='paper'"):
+        sibling.get_treatment_effects("A")
 
 
 def test_expected_counts_would_be_seen() -> None:

@@ -39,7 +39,7 @@ class EffectSample:
     kl
         KL of mask and effect against their priors summed over latents, ``(samples, components)``, nats.
     mask
-        ``m``, like ``effect``; ``None`` if nobody needs it.
+        ``m``, ``(samples, components, latents)``; ``None`` if nobody needs it.
     """
 
     effect: Tensor
@@ -364,6 +364,31 @@ class SparseEffects(nn.Module):
         self.mask_logits.copy_(torch.where(starts_open, odds.clamp(max=START_LOGIT), closed))
         self.open = False
         return float(threshold)
+
+    def closing(self, sample: EffectSample, components: Tensor, latents: Tensor) -> Tensor:
+        """Return how the components' ``m * e`` change when single masks close, ``(samples, entries, latents)``.
+
+        With ``"correlated"`` the other effects of the component follow the changed mask row, by the same noise.
+
+        Parameters
+        ----------
+        sample
+            Draws with these masks open.
+        components, latents
+            Indices of the entries, of equal length.
+        """
+        effect, entry = sample.effect[:, components], torch.arange(len(latents), device=latents.device)
+        if self.embedding_inference != "correlated":
+            change = torch.zeros_like(effect)
+            change[:, entry, latents] = -effect[:, entry, latents]
+            return change
+        assert sample.mask is not None
+        mask = sample.mask[:, components]
+        without = mask.clone()
+        without[:, entry, latents] = 0.0
+        mean, sd = self.posterior(mask, components)
+        changed_mean, changed_sd = self.posterior(without, components)
+        return without * (changed_mean + changed_sd * (effect - mean) / sd) - effect
 
     @torch.no_grad()
     def close_masks(self, components: Tensor, latents: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,33 +36,31 @@ def ask(model: pv.SAMSVAE, asked: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def naive_evidence(model: pv.SAMSVAE, component: int, latent: int) -> float:
-    """Evidence for one mask from its component's validation cells alone, with all its effects set to zero."""
+    """Evidence for one mask from its component's validation cells alone, with and without it by the same noise."""
     module, adata = model.module, model.adata
     module.eval()
     rows = np.sort(np.asarray(model.validation_indices))
     rows = rows[dose_table(model, adata)[rows][:, [component]].toarray()[:, 0] > 0]
     kept = module.effects.mask_logits.clone()
     module.effects.mask_logits[kept > 0] = 20.0  # with the masks, whatever their probability
-    globals_ = module.draw_globals(DRAWS, torch.Generator().manual_seed(0))
+    with_mask = module.draw_globals(DRAWS, torch.Generator().manual_seed(0))
+    module.effects.mask_logits[component, latent] = -20.0
+    without = module.draw_globals(DRAWS, torch.Generator().manual_seed(0))
     module.effects.mask_logits.copy_(kept)
-    treated = [component]
-    if module.levels is not None:
-        levels = torch.nonzero(module.levels.component == component)[:, 0]
-        treated += (levels + len(model.perturbation_names)).tolist()
-    without = globals_.effect.clone()
-    without[:, treated, latent] = 0
     total = 0.0
     for block, (positions, tensors) in enumerate(minibatches(model, adata, rows)):
-        for sign, effect in ((1, without), (-1, globals_.effect)):
+        for sign, globals_ in ((1, without), (-1, with_mask)):
             outputs = module.inference(
                 **module._get_inference_input(tensors),
-                globals_=replace(globals_, effect=effect),
+                globals_=globals_,
                 generator=torch.Generator().manual_seed(block + 1),
             )
             px = module.generative(**module._get_generative_input(tensors, outputs))
             reconstruction = -px["px"].log_prob(tensors["X"]).sum(-1)
             mean, sd = outputs["basal_mean"], outputs["basal_sd"]
             kl = 0.5 * (mean.square() + sd.square() - 1 - 2 * sd.log()).sum(-1)
+            if "basal_log_q" in outputs:
+                kl = outputs["basal_log_q"] - torch.distributions.Normal(0, 1).log_prob(outputs["z_basal"]).sum(-1)
             total += sign * float((reconstruction + kl).mean(0)[: len(positions)].double().sum())
     return total
 
@@ -75,6 +72,9 @@ OPTIONS: dict[str, dict] = {
     "iwae": {"objective": "iwae", "n_particles": 3},
     "gated": {"embedding_inference": "gated"},
     "low_rank": {"embedding_inference": "low_rank"},
+    "correlated": {"embedding_inference": "correlated"},
+    "correlated categories": {"embedding_inference": "correlated", "dose_response": "categories"},
+    "flow": {"basal_posterior": "flow"},
     "mean_field": {"basal_inference": "mean_field"},
     "covariates": {},
 }
@@ -93,7 +93,11 @@ def test_evidence_is_what_cells_lose_without_the_mask(
     module = model.module
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        module.effects.loc.normal_(std=3.0, generator=generator)
+        if OPTIONS[option].get("embedding_inference") == "correlated":
+            for parameter in (module.effects.from_mask.weight, *module.effects.head.parameters()):
+                parameter.normal_(generator=generator)
+        else:
+            module.effects.loc.normal_(std=3.0, generator=generator)
         if module.levels is not None:
             module.levels.loc.normal_(std=2.0, generator=generator)
         module.effects.mask_logits.fill_(-4.0)[:, ::2] = 0.5  # p = 0.62

@@ -114,7 +114,9 @@ class GettersMixin(TreatmentEffectsMixin):
         -------
         :class:`PerturbationPrograms`: ``effects`` and ``inclusion`` (perturbations x programs), ``loadings``
         (programs x genes; mean over controls of log2 of a gene's share of expression after a rise by one unit over
-        that before; for real values the mean difference).
+        that before; for real values the mean difference), ``library`` (perturbations x ``log2_fold_change``: change of
+        a cell's total counts by one dose, which predictions with ``library_size="predicted"`` use; ``None`` for real
+        values).
 
         Raises
         ------
@@ -125,8 +127,8 @@ class GettersMixin(TreatmentEffectsMixin):
 
         Notes
         -----
-        Writes ``adata.uns[key]`` with the tables ``effects``, ``inclusion``, ``loadings`` (transposed), each with its
-        ``<table>_names``.
+        Writes ``adata.uns[key]`` with the tables ``effects``, ``inclusion``, ``loadings`` and, unless it is ``None``,
+        ``library`` (transposed), each with its ``<table>_names``.
         """
         model = cast("PerturbationModel", self)
         model._check_if_trained(warn=False)
@@ -145,10 +147,11 @@ class GettersMixin(TreatmentEffectsMixin):
             pd.DataFrame(effects, index=self._program_rows(), columns=names),
             pd.DataFrame(inclusion, index=self._program_rows(), columns=names),
             pd.DataFrame(loadings, index=names, columns=genes),
+            self._library_table(),
         )
         if key_added is not None:
             key = f"{type(self).__name__.lower()}_programs" if key_added == "auto" else key_added
-            write_tables(adata.uns, key, vars(programs))
+            write_tables(adata.uns, key, {name: t for name, t in vars(programs).items() if t is not None})
         return programs
 
     @torch.inference_mode()
@@ -226,6 +229,14 @@ class GettersMixin(TreatmentEffectsMixin):
     def _program_rows(self) -> list[str]:
         """Return the names of the rows of the programs' effects: the perturbations."""
         return cast("PerturbationModel", self).perturbation_names
+
+    def _library_table(self) -> pd.DataFrame | None:
+        """Return the effects on total counts, perturbations x ``log2_fold_change``."""
+        model = cast("PerturbationModel", self)
+        if model.module.gene_likelihood == "normal" or model.library_effects_ is None:
+            return None
+        change = model.library_effects_.effects / np.log(2)
+        return pd.DataFrame({"log2_fold_change": change}, index=model.perturbation_names)
 
     def get_gene_names(self) -> np.ndarray:
         """Return the names of the registered genes, in their order.

@@ -31,7 +31,7 @@ class Request:
         """What the random draws depend on: canonical label and doses."""
         if all(d == 1.0 for d in self.doses.values()):
             return self.canonical
-        return self.canonical + " " + " ".join(f"{d:.9g}" for _, d in sorted(self.doses.items()))
+        return self.canonical + " " + " ".join(f"{d:.9g}" for d in self.doses.values())
 
 
 def parse_requests(
@@ -42,8 +42,8 @@ def parse_requests(
     Raises
     ------
     ValueError
-        If a label is asked twice, a dose is negative or not finite, or a component is unknown and ``unseen`` is
-        ``"raise"``.
+        If a label or a column stands twice, a dose is negative or not finite, or a component is unknown and ``unseen``
+        is ``"raise"``.
     """
     if unseen not in ("raise", "ignore"):
         raise ValueError(f"unseen={unseen!r} is not one of ['raise', 'ignore'].")
@@ -59,8 +59,12 @@ def parse_requests(
                 f"{str(perturbations.index[i])!r} is negative or not finite."
             )
         names = [str(c) for c in perturbations.columns]
+        if len(set(names)) < len(names):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise ValueError(f"perturbations has more than one column {twice!r}.")
         for label, row in zip(perturbations.index.astype(str), values, strict=True):
-            doses = {n: float(d) for n, d in zip(names, row, strict=True) if d > 0 and n not in fmt.control}
+            given = sorted(zip(names, row, strict=True))  # noise is drawn in the order of components
+            doses = {n: float(d) for n, d in given if d > 0 and n not in fmt.control}
             requests.append(Request(label, fmt.join(doses), doses))
     else:
         labels = [perturbations] if isinstance(perturbations, str) else [str(p) for p in perturbations]

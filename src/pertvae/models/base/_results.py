@@ -20,11 +20,15 @@ class PerturbationPrograms:
         Perturbations x programs: probability that the perturbation acts on the program.
     loadings
         Programs x genes: log2 fold change of a gene's share of expression when the program rises by one unit.
+    library
+        Perturbations x ``log2_fold_change``: change of the total counts of a cell by one dose, shrunken; no program
+        moves them. ``None`` for real values.
     """
 
     effects: pd.DataFrame
     inclusion: pd.DataFrame
     loadings: pd.DataFrame
+    library: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Capabilities:
     latent_kinds
         Accepted ``kind`` of ``get_latent_representation``.
     credible_effects
-        Whether treatment effects have credible intervals.
+        Whether effects have a posterior, and treatment effects credible intervals.
     marginal_ll
         Whether ``get_marginal_ll`` is defined.
     program

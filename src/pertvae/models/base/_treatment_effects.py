@@ -1,4 +1,4 @@
-"""Average treatment effects of every model that has a posterior of effects."""
+"""Average treatment effects: with credible intervals where effects have a posterior, and as the paper measures them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class TreatmentEffectsMixin:
         protocol
             ``"matched"``: the same basal states with and without the perturbation; rho is the expected share. Free of
             count noise, so on shallow data not the shift of ``predict_perturbation``, which is measured on sampled
-            counts. ``lower`` and ``upper`` are a credible interval of the average effect.
+            counts. ``lower`` and ``upper`` are a credible interval of the average effect for the learned decoder, whose
+            own uncertainty they do not hold.
 
             ``"paper"``: as the authors of SAMS-VAE evaluate (arXiv 2311.02794). Every particle is one draw of masks
             and effects, shared by all labels; a basal state from N(0, I), drawn anew for the control and each label;
@@ -87,7 +88,7 @@ class TreatmentEffectsMixin:
         Raises
         ------
         ValueError
-            If the method has no posterior of effects, or an argument is not accepted.
+            If the method has no posterior of effects and ``protocol`` is ``"matched"``, or an argument is not accepted.
         RuntimeError
             If the model is not trained.
 
@@ -97,10 +98,13 @@ class TreatmentEffectsMixin:
         """
         model = cast("PerturbationModel", self)
         model._check_if_trained(warn=False)
-        if not model.capabilities.credible_effects:
-            raise ValueError(f"{type(self).__name__} has no posterior of its effects: use predict_perturbation.")
         if protocol not in SPACES:
             raise ValueError(f"protocol={protocol!r} is not one of {list(SPACES)}.{hint(protocol, SPACES)}")
+        if protocol == "matched" and not model.capabilities.credible_effects:
+            raise ValueError(
+                f"{type(self).__name__} has no posterior of its effects: use predict_perturbation, or "
+                "protocol='paper', whose interval is the Monte-Carlo error of the mean."
+            )
         accepted = SPACES[protocol]
         space_ = accepted[0] if space is None else space
         if space_ not in accepted:

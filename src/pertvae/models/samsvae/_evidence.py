@@ -44,7 +44,8 @@ def heed_validation_cells(model: SAMSVAE) -> None:
       where the evidence of all masks of a latent together is below -3, the mask with the worst is closed, until it is
       not.
 
-    A closed mask and its effect go back to their prior; the others are left as they are. One mask of a perturbation at
+    A closed mask and its effect go back to their prior; other masks are left as they are, and other effects too unless
+    ``embedding_inference="correlated"`` lets them read the mask row. One mask of a perturbation at
     a time, because what another is worth may change. Perturbations without validation cells keep their masks.
 
     Parameters
@@ -124,7 +125,7 @@ def evidence_for(model: SAMSVAE, asked: Tensor, cells: np.ndarray, doses: sp.csr
         before = objectives(module, tensors, globals_, block, None)
         for of_cell, component, latent in turns(doses[positions], asked):
             c, t, z = (index.to(module.device) for index in (of_cell, component, latent))
-            change.zero_()[:, c, z] = -module.mask_share(globals_, inputs["doses"], c, (t, z))
+            change.zero_()[:, c] = module.closing(globals_, inputs["doses"], c, (t, z))
             lost = objectives(module, tensors, globals_, block, change)[c] - before[c]
             total.index_put_((component, latent), lost.cpu().double(), accumulate=True)
     return total.to(torch.float32).nan_to_num(0.0, 0.0, 0.0)

@@ -296,10 +296,8 @@ class SAMSVAEModule(ShiftedLatentModule):
         if self.levels is not None:
             self.levels.close(components, latents)
 
-    def mask_share(
-        self, globals_: EffectSample, doses: Tensor, cells: Tensor, entries: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Return what masks add to the shifts of cells, ``(samples, pairs)``.
+    def closing(self, globals_: EffectSample, doses: Tensor, cells: Tensor, entries: tuple[Tensor, Tensor]) -> Tensor:
+        """Return how the shifts of cells change when a mask of each closes, ``(samples, pairs, latents)``.
 
         Parameters
         ----------
@@ -312,12 +310,13 @@ class SAMSVAEModule(ShiftedLatentModule):
         """
         response = self.respond(self.treatments(doses))
         component, latent = entries
-        found = response[cells, component] * globals_.effect[:, component, latent]
+        change = response[cells, component][:, None] * self.effects.closing(globals_, component, latent)
         if self.levels is not None:
             n = len(self.leak)
             own = response[cells, n:] * (self.levels.component == component[:, None])
-            found = found + (own * globals_.effect[:, n:][:, :, latent].transpose(1, 2)).sum(-1)
-        return found
+            lost = (own * globals_.effect[:, n:][:, :, latent].transpose(1, 2)).sum(-1)
+            change[:, torch.arange(len(latent), device=latent.device), latent] -= lost
+        return change
 
     def set_mask_cost(self, cost: float) -> None:
         """Make an open mask cost so many nats for every training cell of its perturbation, on top of its prior."""
@@ -350,4 +349,4 @@ class SAMSVAEModule(ShiftedLatentModule):
         deviation, kl = self.levels.sample(n_samples, generator)
         assert sample.mask is not None
         effect = torch.cat([sample.effect, sample.mask[:, self.levels.component] * deviation], dim=1)
-        return EffectSample(effect, torch.cat([sample.kl, kl.expand(n_samples, -1)], dim=1))
+        return EffectSample(effect, torch.cat([sample.kl, kl.expand(n_samples, -1)], dim=1), sample.mask)

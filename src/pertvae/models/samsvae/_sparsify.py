@@ -27,7 +27,7 @@ ENERGY = 0.85
 """Share of the squared shifts by typical doses that masks start with. Chosen with COST by mask F1 on
 the authors' simulation (seeds 0 to 2) and the ``sparse_additive`` screen (seed 0): these seeds are no test of it."""
 COST = 0.2
-"""First cost of an open mask, nats a cell, over the squared size of the smallest shift that starts open. Giving up a
+"""First cost of an open mask, nats a cell, over the squared size of the smallest shift of that share. Giving up a
 shift e costs about e^2 / 2 nats a cell, so entries below 0.63 of that size do not pay."""
 
 

@@ -162,10 +162,12 @@ class SVAEPlusModule(ShiftedLatentModule):
         if self.mask_draws == "component":
             return super().draw_shift(doses, n_samples, generator)
         treatments = self.treatments(doses)
-        cell, row = treatments.nonzero(as_tuple=True)
+        # of training cells it is known how many they have at most, without a wait for the device
+        known = self.training and self.max_active > 0
+        active = self.max_active if known else int((treatments != 0).sum(1).max())
+        weight, row = treatments.topk(min(active, treatments.shape[1]), dim=1)
         mask = sample_mask(self.mask_logits[row], n_samples, self.mask_gradient, generator)
-        shift = torch.zeros(n_samples, len(doses), self.n_latent, device=doses.device)
-        shift = shift.index_add(1, cell, mask * self.mu[row] * treatments[cell, row, None])
+        shift = (weight[..., None] * mask * self.mu[row]).sum(-2)
         penalty = self.penalty().expand(n_samples, -1)
         return EffectSample((self.inclusion * self.mu).expand(n_samples, -1, -1), penalty), shift
 

@@ -53,4 +53,5 @@ def test_request_keys():
     assert Request("B+A", "A+B", {"B": 1.0, "A": 1.0}).key == Request("x", "A+B", {"A": 1.0, "B": 1.0}).key == "A+B"
     doses = [Request("x", "A+B", {"A": 2.0, "B": 1.0}), Request("x", "A+B", {"B": 1.0, "A": 2.0})]
     assert doses[0].key == doses[1].key
+    assert list(doses[0].doses.items()) == list(doses[1].doses.items())  # noise is drawn in this order
     assert doses[0].key != Request("x", "A+B", {"A": 1.0, "B": 2.0}).key

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One label to predict: as written, canonical, and the dose of each component."""
+    """One label to predict: as written, canonical, and the dose of each component, sorted."""
 
     label: str
     canonical: str
     doses: dict[str, float]
+
+    def __post_init__(self) -> None:
+        """Sort the components: noise is drawn in their order."""
+        object.__setattr__(self, "doses", dict(sorted(self.doses.items())))
 
     @property
     def key(self) -> str:
@@ -63,8 +67,7 @@ def parse_requests(
             twice = next(n for n in names if names.count(n) > 1)
             raise ValueError(f"perturbations has more than one column {twice!r}.")
         for label, row in zip(perturbations.index.astype(str), values, strict=True):
-            given = sorted(zip(names, row, strict=True))  # noise is drawn in the order of components
-            doses = {n: float(d) for n, d in given if d > 0 and n not in fmt.control}
+            doses = {n: float(d) for n, d in zip(names, row, strict=True) if d > 0 and n not in fmt.control}
             requests.append(Request(label, fmt.join(doses), doses))
     else:
         labels = [perturbations] if isinstance(perturbations, str) else [str(p) for p in perturbations]

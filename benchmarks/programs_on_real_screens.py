@@ -112,7 +112,8 @@ def print_programs(model: pv.SAMSVAE, null: list[str]) -> list[dict[str, Any]]:
             inside = min(cosine.loc[name, other] for other in PATHWAY if other != name)
             median = cosine.loc[name, others].median()
             rows += [
-                {"quantity": f"cosine by {space}", "of": f"{name} {o}", "value": cosine.loc[name, o]} for o in PATHWAY
+                {"quantity": f"cosine by {space}", "of": f"{name} {o}", "value": cosine.loc[name, o]}
+                for o in PATHWAY[PATHWAY.index(name) + 1 :]
             ]
             rows.append({"quantity": f"median cosine by {space}", "of": f"{name} others", "value": median})
             print(f"{name}: least alike in the pathway {inside:.3f}, median other knock-out {median:.3f}")

@@ -99,7 +99,7 @@ def distances_to_controls(adata: ad.AnnData, seed: int = 0) -> pd.Series:
     return pd.Series(found).sort_values()
 
 
-def print_programs(model: pv.SAMSVAE, null: list[str]) -> list[dict[str, Any]]:
+def report_programs(model: pv.SAMSVAE, null: list[str]) -> list[dict[str, Any]]:
     """Print how alike the pathway's effects are, and what knock-outs that look like controls touch; return cosines."""
     programs = model.get_perturbation_programs()
     rows = []
@@ -152,7 +152,7 @@ def main() -> None:
                 f"\n{name}, seed {seed}: {len(found)} open masks, {kept} after the check; largest {largest.max():.3f}"
             )
             if name == "papalexi":
-                quantities += print_programs(model, null)
+                quantities += report_programs(model, null)
             summary += [
                 {"screen": name, "seed": seed, **q, "null": name == "mcfaline" or q["of"] in null} for q in quantities
             ]

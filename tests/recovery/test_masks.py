@@ -124,4 +124,4 @@ def test_simulation_of_the_authors() -> None:
     assert found["correlated"] >= 0.9
     assert fit["correlated"] >= fit["mean_field"] + 3
     # of 90%: they hold the posterior of masks and effects, not the decoder's uncertainty
-    assert 0.5 < covered["correlated"] < 0.95
+    assert all(0.5 < share < 0.75 for share in covered.values())

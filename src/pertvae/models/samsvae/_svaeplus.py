@@ -143,8 +143,8 @@ class SVAEPlus(PerturbationModel):
     ``global_kl="full"`` and ten epochs of KL warm-up. Deviations from it: batch normalisation and dropout are not
     offered, and controls have the prior N(0, I) instead of a mask and effects of their own.
 
-    Neither sets how masks and effects are optimised: their learning rates (``global_lr`` and ``mask_lr`` of
-    ``plan_kwargs``) are above that of the networks, where the publications have one.
+    Unlike in both publications, masks and effects have learning rates of their own, above that of the networks
+    (``global_lr`` and ``mask_lr`` of ``plan_kwargs``).
 
     Both publications treat each combination as a treatment: add ``combinations="unique"``.
 

@@ -165,7 +165,7 @@ class SVAEPlusModule(ShiftedLatentModule):
         # of training cells it is known how many they have at most, without a wait for the device
         known = self.training and self.max_active > 0
         active = self.max_active if known else int((treatments != 0).sum(1).max())
-        weight, row = treatments.topk(min(active, treatments.shape[1]), dim=1)
+        weight, row = treatments.topk(min(active, 1) if self.unique else active, dim=1)
         mask = sample_mask(self.mask_logits[row], n_samples, self.mask_gradient, generator)
         shift = (weight[..., None] * mask * self.mu[row]).sum(-2)
         penalty = self.penalty().expand(n_samples, -1)

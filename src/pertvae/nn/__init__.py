@@ -1,8 +1,9 @@
 """Blocks that two or more methods share."""
 
 from pertvae.nn._dose import DoseDeviations, HillResponse
-from pertvae.nn._effects import EffectSample, SparseEffects, gathered_shift
+from pertvae.nn._effects import EffectSample, SparseEffects
 from pertvae.nn._flow import ConditionalFlow
+from pertvae.nn._gather import active_components, gathered_shift
 from pertvae.nn._likelihoods import GENE_LIKELIHOODS, ExpressionDecoder, poisson_log_prob
 from pertvae.nn._masks import mask_kl, sample_mask
 from pertvae.nn._mlp import MLP, GaussianHead, gaussian_kl
@@ -19,6 +20,7 @@ __all__ = [
     "GaussianHead",
     "HillResponse",
     "SparseEffects",
+    "active_components",
     "gathered_shift",
     "gaussian_kl",
     "mask_kl",

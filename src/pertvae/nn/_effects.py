@@ -47,24 +47,6 @@ class EffectSample:
     mask: Tensor | None = None
 
 
-def gathered_shift(doses: Tensor, effect: Tensor, max_active: int) -> Tensor:
-    """Return ``doses @ effect`` by gathering the effects of each cell's components.
-
-    A cell has few components of many, so the product with the whole table is mostly zeros.
-
-    Parameters
-    ----------
-    doses
-        ``(cells, components)``, not negative.
-    effect
-        ``(samples, components, latents)``.
-    max_active
-        Non-zero doses a cell has at most; more would be lost.
-    """
-    dose, index = doses.topk(max_active, dim=-1)
-    return (dose[..., None] * effect[:, index]).sum(-2)
-
-
 class SparseEffects(nn.Module):
     """Posterior of masks M and effects E.
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pertvae.models.base import ModuleShape
 from pertvae.models.samsvae._common import GlobalKL, ShiftedLatentModule
-from pertvae.nn import MLP, EffectSample, GaussianHead, sample_mask
+from pertvae.nn import MLP, EffectSample, GaussianHead, active_components, sample_mask
 
 MaskDraws = Literal["component", "cell"]
 
@@ -165,7 +165,7 @@ class SVAEPlusModule(ShiftedLatentModule):
         # of training cells it is known how many they have at most, without a wait for the device
         known = self.training and self.max_active > 0
         active = self.max_active if known else int((treatments != 0).sum(1).max())
-        weight, row = treatments.topk(min(active, 1) if self.unique else active, dim=1)
+        weight, row = active_components(treatments, min(active, 1) if self.unique else active)
         mask = sample_mask(self.mask_logits[row], n_samples, self.mask_gradient, generator)
         shift = (weight[..., None] * mask * self.mu[row]).sum(-2)
         penalty = self.penalty().expand(n_samples, -1)

@@ -95,6 +95,19 @@ def test_masks_of_components_are_shared_and_those_of_cells_are_not() -> None:
     torch.testing.assert_close(own.var(0).mean(0), variance.mean(0), rtol=0.03, atol=0.0)
 
 
+@pytest.mark.parametrize("conditions", [None, CONDITIONS])
+def test_masks_of_cells_do_not_wait_for_the_device_in_training(conditions: torch.Tensor | None) -> None:
+    model = module(mask_draws="cell", **({} if conditions is None else {"conditions": conditions}))
+    doses, drawn = (DOSES if conditions is None else DOSES[:4]), []
+    for max_active in (0, 2):  # counted in the minibatch, known from the training cells
+        model.max_active = max_active
+        drawn.append(model.draw_shift(doses, 3, torch.Generator().manual_seed(0))[1])
+    torch.testing.assert_close(*drawn)
+    # values on the meta device cannot be read
+    _, shift = model.to("meta").draw_shift(doses.to("meta"), 3, None)
+    assert shift.shape == (3, len(doses), LATENT)
+
+
 def test_drawn_offsets_have_the_masks_probabilities() -> None:
     model = module()
     with torch.no_grad():

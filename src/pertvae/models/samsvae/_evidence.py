@@ -45,8 +45,8 @@ def heed_validation_cells(model: SAMSVAE) -> None:
       not.
 
     A closed mask and its effect go back to their prior; other masks are left as they are, and other effects too unless
-    ``embedding_inference="correlated"`` lets them read the mask row. One mask of a perturbation at
-    a time, because what another is worth may change. Perturbations without validation cells keep their masks.
+    ``embedding_inference="correlated"`` lets them read the mask row. One mask of a perturbation at a time, because what
+    another is worth may change. Perturbations without validation cells keep their masks.
 
     Parameters
     ----------

@@ -123,5 +123,5 @@ def test_simulation_of_the_authors() -> None:
     print(found, fit, covered)
     assert found["correlated"] >= 0.9
     assert fit["correlated"] >= fit["mean_field"] + 3
-    # of 90%: they hold the posterior of masks and effects and errors of the leak correction, not the decoder's uncertainty
+    # of 90%: masks, effects and errors of the leak correction vary in them, the decoder does not
     assert all(0.5 < share < 0.75 for share in covered.values())

@@ -39,22 +39,6 @@ def authors() -> ad.AnnData:
     return simulate_screen("samsvae_authors", n_perturbations=40, cells_per_split=(100, 20, 20), seed=1)
 
 
-def log_profiles(adata: ad.AnnData) -> pd.DataFrame:
-    """Mean log1p CP10k per condition, by another road than the package's."""
-    x = adata.X.toarray().astype(float)
-    y = np.log1p(1e4 * x / x.sum(axis=1, keepdims=True))
-    return pd.DataFrame(y, columns=adata.var_names).groupby(adata.obs["perturbation"].to_numpy()).mean()
-
-
-def decode(truth: Truth, z: np.ndarray, slope: float = 0.2) -> np.ndarray:
-    h = z
-    layers = sorted(k for k in truth.decoder if k.startswith("layer"))
-    for name in layers[:-1]:
-        h = h @ truth.decoder[name]
-        h = np.maximum(h, slope * h)
-    return (h @ truth.decoder[layers[-1]] - truth.decoder["center"]) * truth.decoder["scale"]
-
-
 def test_layout(screen: ad.AnnData) -> None:
     assert screen.shape == (1500 + 10 * 120 + 5 * 120, 150)
     assert sp.issparse(screen.X)
@@ -103,7 +87,7 @@ def test_latents_add_up(screen: ad.AnnData, truth: Truth) -> None:
     assert np.abs(np.cov(basal.T) - np.eye(6)).max() < 0.1
 
 
-def test_counts_are_negative_binomial(screen: ad.AnnData, truth: Truth) -> None:
+def test_counts_are_negative_binomial(screen: ad.AnnData, truth: Truth, decode) -> None:
     batch = screen.obs["batch"].astype(str).to_numpy()
     rates = decode(truth, screen.obsm["X_truth_latent"].astype(float)) + truth.genes["baseline"].to_numpy()
     rates = np.exp(rates + truth.genes[["batch1", "batch2"]].T.loc[batch].to_numpy())
@@ -123,7 +107,7 @@ def test_counts_are_negative_binomial(screen: ad.AnnData, truth: Truth) -> None:
     assert abs(ratio[:, high].mean() - 1) < 0.1
 
 
-def test_parameters_follow_the_law(screen: ad.AnnData, truth: Truth) -> None:
+def test_parameters_follow_the_law(screen: ad.AnnData, truth: Truth, decode) -> None:
     library = np.log(screen.obs["truth_library"].to_numpy())
     assert abs(library.mean() - np.log(3000)) < 0.03
     assert abs(library.std() - 0.35) < 0.02
@@ -145,7 +129,7 @@ def test_orthogonal(shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(small, np.eye(min(shape)), atol=1e-12)
 
 
-def test_oracle_is_the_expectation(screen: ad.AnnData, truth: Truth) -> None:
+def test_oracle_is_the_expectation(screen: ad.AnnData, truth: Truth, log_profiles) -> None:
     profiles = log_profiles(screen)
     assert list(truth.shifts.index) == [c for c in screen.obs["perturbation"].cat.categories if c != "control"]
     np.testing.assert_allclose(profiles.loc["control"], truth.control_profile, atol=0.2)
@@ -161,7 +145,7 @@ def test_oracle_is_the_expectation(screen: ad.AnnData, truth: Truth) -> None:
         assert 0.4 < (z**2).mean() < 2.2, label
 
 
-def test_oracle_coupling_is_exact() -> None:
+def test_oracle_coupling_is_exact(log_profiles) -> None:
     # shifts from coupled counts against those of a screen of very many cells of one perturbation
     big = simulate_screen(
         n_genes=30,
@@ -248,7 +232,7 @@ def test_example() -> None:
     assert adata.X.sum(axis=1).min() > 0
 
 
-def test_authors_values(authors: ad.AnnData) -> None:
+def test_authors_values(authors: ad.AnnData, decode) -> None:
     truth = read_truth(authors)
     assert authors.shape == (500 + 40 * 140, 100)
     assert not sp.issparse(authors.X)
@@ -276,7 +260,7 @@ def test_authors_splits(authors: ad.AnnData) -> None:
     np.testing.assert_allclose(table.loc["control"] / 500, [5 / 7, 1 / 7, 1 / 7], atol=0.005)
 
 
-def test_authors_without_controls_and_as_counts() -> None:
+def test_authors_without_controls_and_as_counts(log_profiles, decode) -> None:
     settings = {"n_perturbations": 5, "cells_per_split": (300, 20, 0), "n_genes": 40}
     adata = simulate_screen("samsvae_authors", n_controls=0, **settings)
     assert "control" not in set(adata.obs["perturbation"])

@@ -1,4 +1,4 @@
-"""What every simulated screen is made of: design, effects, decoder, counts, the oracle.
+"""What every simulated screen is made of: random streams, design, effects, decoder, and checks of settings.
 
 A kind of screen is one function in :mod:`pertvae.datasets._kinds` that puts these parts together. Each part draws
 from its own random stream, so that kinds with the same seed and sizes share design, effects, decoder and genes, and
@@ -10,16 +10,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
-
-from pertvae._expression import log1p_cp10k
 
 CONTROL = "control"
-_BLOCK = 2048
 
 
 def stream(seed: int, name: str) -> np.random.Generator:
@@ -57,6 +52,11 @@ class Design:
         for row, condition in enumerate(self.conditions):
             matrix[row, list(condition)] = 1.0
         return matrix
+
+    @property
+    def doubles(self) -> np.ndarray:
+        """Return which conditions have two components, as indices."""
+        return np.flatnonzero([len(c) == 2 for c in self.conditions])
 
 
 def make_design(
@@ -144,100 +144,6 @@ class Decoder:
         return (h @ self.weights[-1] - self.center) * self.scale
 
 
-class Sampler(Protocol):
-    """A true model that can draw basal cells and say what a latent offset makes of them."""
-
-    def draw(self, rng: np.random.Generator, n: int) -> Any:
-        """Return ``n`` basal draws with everything else that perturbed and control cells share."""
-
-    def profiles(self, state: Any, offsets: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean profile of the control draws, and the mean shift of each offset against them."""
-
-
-@dataclass
-class CountModel:
-    """Negative binomial counts of cells with latent z, library l and batch b.
-
-    log rate of gene g = baseline_g + decoder(z)_g + batch_shift_bg, softmax over genes gives rho,
-    x_g ~ NB(mean l rho_g, variance mean + mean^2 / theta_g), l ~ LogNormal(log ``library``, ``library_sd``).
-    """
-
-    decoder: Decoder
-    baseline: np.ndarray
-    theta: np.ndarray
-    batch_shift: np.ndarray
-    library: float
-    library_sd: float
-
-    def draw_library(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """Return library sizes of ``n`` cells."""
-        return rng.lognormal(np.log(self.library), self.library_sd, size=n)
-
-    def means(self, z: np.ndarray, library: np.ndarray, batch: np.ndarray) -> np.ndarray:
-        """Return expected counts, cells x genes."""
-        rates = self.decoder(z) + self.baseline + self.batch_shift[batch]
-        rates = np.exp(rates - rates.max(axis=1, keepdims=True))
-        return rates * (library / rates.sum(axis=1))[:, None]
-
-    def sample(self, rng: np.random.Generator, z: np.ndarray, library: np.ndarray, batch: np.ndarray) -> sp.csr_matrix:
-        """Return sampled counts as CSR float32, in blocks of cells."""
-        blocks = []
-        for start in range(0, len(z), _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            gamma = rng.standard_gamma(self.theta, size=(len(z[rows]), len(self.theta))) / self.theta
-            counts = rng.poisson(self.means(z[rows], library[rows], batch[rows]) * gamma)
-            blocks.append(sp.csr_matrix(counts.astype(np.float32)))
-        return sp.vstack(blocks, format="csr")
-
-    def draw(self, rng: np.random.Generator, n: int) -> Any:
-        """Return ``n`` basal draws: latent, library, batch (balanced) and the gamma part of the counts."""
-        z = rng.standard_normal((n, len(self.decoder.weights[0])))
-        batch = np.arange(n) % len(self.batch_shift)
-        gamma = rng.standard_gamma(self.theta, size=(n, len(self.theta))) / self.theta
-        return z, self.draw_library(rng, n), batch, gamma
-
-    def profiles(self, state: Any, offsets: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean log1p CP10k of the control draws, and the mean shift of each offset against them.
-
-        Counts are sampled, not means. Control and perturbed counts of one draw are coupled (extra counts where the
-        rate rises, thinned counts where it falls): the law of each is exact, and the noise of a shift shrinks with
-        the shift, at less variance than independent counts.
-        """
-        z, library, batch, gamma = state
-        rates = self.means(z, library, batch) * gamma
-        counts = rng.poisson(rates)
-        base = log1p_cp10k(counts).mean(axis=0)
-        shifts = np.empty((len(offsets), len(base)))
-        for row, offset in enumerate(offsets):
-            moved = self.means(z + offset, library, batch) * gamma
-            kept = np.divide(moved, rates, out=np.zeros_like(rates), where=rates > 0)
-            perturbed = rng.binomial(counts, np.minimum(kept, 1.0)) + rng.poisson(np.maximum(moved - rates, 0.0))
-            shifts[row] = log1p_cp10k(perturbed).mean(axis=0) - base
-        return base, shifts
-
-
-def oracle(
-    model: Sampler, offsets: np.ndarray, rng: np.random.Generator, n_draws: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the true model expects: the mean control profile and the shift of each offset.
-
-    Parameters
-    ----------
-    model
-        The true model.
-    offsets
-        Latent offsets, conditions x latents.
-    rng
-        Random stream of the oracle.
-    n_draws
-        Basal draws behind each shift; the control profile rests on twenty times as many.
-    """
-    base, shifts = model.profiles(model.draw(rng, n_draws), offsets, rng)
-    none = offsets[:0]
-    more = [model.profiles(model.draw(rng, n_draws), none, rng)[0] for _ in range(19)]
-    return np.mean([base, *more], axis=0), shifts
-
-
 def gene_names(n_genes: int) -> pd.Index:
     """Return gene names ``G0001`` and so on."""
     width = max(4, len(str(n_genes)))
@@ -251,3 +157,17 @@ def check_sizes(**sizes: int) -> None:
         least = 0 if name in may_be_zero else 1
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+
+def check_range(low: float, high: float, **values: float) -> None:
+    """Raise when a number is not between ``low`` and ``high``, both allowed."""
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value!r} must be a number from {low:g} to {high:g}.")
+
+
+def check_positive(**values: float) -> None:
+    """Raise when a number is not above 0 and finite."""
+    for name, value in values.items():
+        if not 0 < value < np.inf:
+            raise ValueError(f"{name}={value!r} must be a number above 0.")

@@ -26,6 +26,16 @@ def simulate_screen(kind: str = "sparse_additive", *, seed: int = 0, **settings:
             ``n_doubles``, ``cells_per_perturbation``, ``cells_per_double``, ``n_controls``, ``n_latent``,
             ``n_batches``, ``mask_density``, ``effect_size``, ``effect_sd``, ``decoder_sd``, ``baseline_sd``,
             ``library_size``, ``library_sd``, ``theta``, ``theta_sd``, ``batch_sd``, ``n_oracle``.
+        ``"interacting_structured"``
+            As ``sparse_additive``, but the total offset o of each latent becomes s tanh(o / s): strong shared effects
+            add up to less than their sum, and other doubles teach it (half of the doubles are meant for training).
+            Keyword arguments: those of ``sparse_additive`` and ``saturation`` (s, 4). The truth has
+            ``additive_shifts``.
+        ``"interacting_random"``
+            As ``sparse_additive``, but the log rate of random genes of every double deviates from additivity, and
+            nothing else in the screen tells by how much: no gain over additive is to be expected. Keyword arguments:
+            those of ``sparse_additive``, ``deviating_fraction`` (0.06 of the genes) and ``deviation_sd`` (0.5). The
+            truth has ``interactions`` and ``additive_shifts``.
         ``"samsvae_authors"``
             The simulation of the authors of SAMS-VAE (arXiv 2311.02794): 15 latents, 100 perturbations, 100 genes of
             real values with Gaussian noise, 500, 100 and 100 cells a perturbation in ``obs["split"]``. Keyword

@@ -10,10 +10,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from pertvae._storage import read_table, write_table
+from pertvae._storage import read_table, read_tables, write_table, write_tables
 
 TRUTH_KEY = "truth"
 _TABLES = ("mask", "effects", "shifts")
+_OPTIONAL = ("interactions", "additive_shifts")
 
 
 @dataclass
@@ -40,6 +41,15 @@ class Truth:
         Arguments of the simulation, the seed among them.
     shift_space
         ``"log1p_cp10k"`` for counts, ``"identity"`` for real values.
+    interactions
+        By how much the log rate of each gene deviates from additivity in each double, doubles x genes, 0 where it does
+        not; ``None`` where the screen has no such deviations.
+    additive_shifts
+        The oracle without the interaction: expected shift of each double if the effects of its single perturbations
+        added up, doubles x genes, from the same draws as ``shifts`` (their difference is the interaction, not noise);
+        ``None`` where a screen has no interactions.
+    tables
+        What only one kind of screen has, by name; see :func:`pertvae.datasets.simulate_screen`.
     """
 
     kind: str
@@ -51,6 +61,9 @@ class Truth:
     decoder: dict[str, np.ndarray] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     shift_space: str = "log1p_cp10k"
+    interactions: pd.DataFrame | None = None
+    additive_shifts: pd.DataFrame | None = None
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 def write_truth(adata: ad.AnnData, truth: Truth) -> None:
@@ -58,6 +71,12 @@ def write_truth(adata: ad.AnnData, truth: Truth) -> None:
     group: dict[str, Any] = {"kind": truth.kind, "shift_space": truth.shift_space}
     for name in _TABLES:
         write_table(group, name, getattr(truth, name))
+    for name in _OPTIONAL:
+        table = getattr(truth, name)
+        if table is not None:
+            write_table(group, name, table)
+    if truth.tables:
+        write_tables(group, "tables", truth.tables)
     group["genes"] = truth.genes.assign(control_profile=truth.control_profile)
     group["decoder"] = dict(truth.decoder)
     group["settings"] = dict(truth.settings)
@@ -75,8 +94,9 @@ def read_truth(adata: ad.AnnData) -> Truth:
     Returns
     -------
     Truth
-        Masks, effects, the oracle's shifts and control profile, gene parameters, decoder and settings. It speaks of
-        all simulated genes and conditions, whatever subset of them ``adata`` still has.
+        Masks, effects, the oracle's shifts and control profile, gene parameters, decoder and settings, and what the
+        kind has beside them. It speaks of all simulated genes and conditions, whatever subset of them ``adata`` still
+        has.
 
     Raises
     ------
@@ -99,4 +119,6 @@ def read_truth(adata: ad.AnnData) -> Truth:
         decoder={k: np.asarray(v) for k, v in group["decoder"].items()},
         settings={k: v.item() if isinstance(v, np.generic) else v for k, v in group["settings"].items()},
         shift_space=str(group["shift_space"]),
+        **{name: read_table(group, name) if name in group else None for name in _OPTIONAL},
+        tables=read_tables(group, "tables") if "tables" in group else {},
     )

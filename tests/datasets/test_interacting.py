@@ -10,15 +10,15 @@ import pytest
 from pertvae.datasets import Truth, read_truth, simulate_screen
 
 SMALL = {
-    "n_genes": 150,
+    "n_genes": 120,
     "n_perturbations": 8,
     "n_doubles": 12,
     "cells_per_perturbation": 60,
-    "cells_per_double": 500,
+    "cells_per_double": 400,
     "n_controls": 600,
     "n_latent": 4,
     "mask_density": 0.4,
-    "n_oracle": 1500,
+    "n_oracle": 1000,
 }
 # hardly any noise but that of the basal states: log1p CP10k is then a function of the true proportions
 SHARP = {"library_size": 1e6, "library_sd": 0.01, "theta": 1e5, "theta_sd": 0.01, "batch_sd": 0.0}
@@ -103,11 +103,11 @@ def test_no_shared_latent_no_interaction(structured: ad.AnnData) -> None:
 @pytest.mark.parametrize("kind", ["interacting_structured", "interacting_random"])
 def test_additive_shifts_are_those_of_summed_singles(kind: str, rho) -> None:
     # against the latents of the single perturbations as they are, decoded by another road
-    adata = simulate_screen(kind, **{**SMALL, **SHARP, "cells_per_double": 2, "n_oracle": 2000}, seed=2)
+    adata = simulate_screen(kind, **{**SMALL, **SHARP, "cells_per_double": 2, "n_oracle": 1200}, seed=2)
     truth = read_truth(adata)
     offset = pd.DataFrame(adata.obsm["X_truth_latent"] - adata.obsm["X_truth_basal"])
     offset = offset.groupby(adata.obs["perturbation"].to_numpy()).mean()
-    gaps, basal = {}, np.random.default_rng(0).standard_normal((10000, 4))
+    gaps, basal = {}, np.random.default_rng(0).standard_normal((6000, 4))
     control = np.log1p(1e4 * rho(truth, basal)).mean(axis=0)
     np.testing.assert_allclose(truth.control_profile, control, atol=0.05)
     for label in doubles_of(truth)[3:6]:
@@ -151,7 +151,7 @@ def test_deviations_are_in_the_counts(rho) -> None:
             assert abs(np.polyfit(planted[planted != 0], gap[planted != 0], 1)[0] - 1) < 0.06
             assert np.corrcoef(planted, gap)[0, 1] > 0.95
         else:
-            planted = np.zeros(150)
+            planted = np.zeros(120)
         assert np.abs(gap - planted).max() < 0.3
         assert (gap - planted).std() < 0.07
 

@@ -36,6 +36,32 @@ def simulate_screen(kind: str = "sparse_additive", *, seed: int = 0, **settings:
             nothing else in the screen tells by how much: no gain over additive is to be expected. Keyword arguments:
             those of ``sparse_additive``, ``deviating_fraction`` (0.06 of the genes) and ``deviation_sd`` (0.5). The
             truth has ``interactions`` and ``additive_shifts``.
+        ``"artifact"``
+            As ``sparse_additive``, but 30% of the cells, whatever their perturbation, are artifacts: a module of 50
+            genes is up threefold, and half of them have 0.4 times the depth. ``obs["artifact"]`` is the label; the
+            oracle speaks of cells without the artifact; the truth has the column ``module`` in ``genes``. Keyword
+            arguments: those of ``sparse_additive``, ``artifact_fraction``, ``module_size``, ``module_fold``,
+            ``low_depth_fraction``, ``depth_factor``.
+        ``"artifact_confounded"``
+            As ``artifact``, but 80% of the cells of one single perturbation are artifacts. Keyword arguments: those of
+            ``artifact``, ``confounded_fraction``, ``confounded_perturbation`` (``None``: the first).
+        ``"codes"``
+            Cells are in one of 12 discrete states; a perturbation changes how many are in a few of them, and half of
+            the perturbations move latents too. ``obs["truth_state"]``. Keyword arguments: those of
+            ``sparse_additive``, ``n_states``, ``state_sd``, ``within_sd``, ``weight_concentration``,
+            ``states_moved``, ``weight_sd``, ``mean_fraction``. Tables of the truth: ``state_weights``,
+            ``log_weights``, ``state_centers``.
+        ``"causal"``
+            Perturbations change the mechanisms of a causal graph of 4 latents, over 7 latents of background that they
+            leave alone; doubles are additive in the mechanism. 500 genes of real values with little noise, 12 singles
+            of 125 cells, 66 doubles of 100, 1,500 controls; each perturbed cell shares its background with the
+            control cell in ``obs["truth_pair"]``. Keyword arguments: ``n_genes``, ``n_perturbations``, ``n_doubles``,
+            ``cells_per_perturbation``, ``cells_per_double``, ``n_controls``, ``n_latent_responsive``,
+            ``n_latent_invariant``, ``edge_probability``, ``background_probability``, ``target_probability``,
+            ``weight_range``, ``mean_range``, ``noise_range``, ``observation_sd``, ``counts`` (counts instead, as the
+            other screens have them), ``decoder_sd``, ``baseline_sd``, ``library_size``, ``library_sd``, ``theta``,
+            ``theta_sd``, ``n_batches``, ``batch_sd``, ``n_oracle``. Tables of the truth: ``graph``,
+            ``invariant_graph``, ``edges``, ``means``, ``noise_sd``, ``total_effects``, ``cut``.
         ``"samsvae_authors"``
             The simulation of the authors of SAMS-VAE (arXiv 2311.02794): 15 latents, 100 perturbations, 100 genes of
             real values with Gaussian noise, 500, 100 and 100 cells a perturbation in ``obs["split"]``. Keyword
@@ -50,16 +76,18 @@ def simulate_screen(kind: str = "sparse_additive", *, seed: int = 0, **settings:
     Returns
     -------
     AnnData
-        ``X``: counts (CSR float32), or real values for ``samsvae_authors``. ``obs["perturbation"]``: ``control``,
-        ``P001``, ``P001+P017``. ``obs["batch"]``. ``obsm["X_truth_basal"]`` and ``obsm["X_truth_latent"]``: latents
-        without and with the perturbation. ``uns["truth"]``: masks, effects, the oracle (expected log1p CP10k shift of
-        every condition, from counts sampled for many basal draws), gene parameters, decoder, settings; it survives
-        ``write_h5ad``, read it with :func:`pertvae.datasets.read_truth`.
+        ``X``: counts (CSR float32), or real values (dense) for ``samsvae_authors`` and ``causal``.
+        ``obs["perturbation"]``: ``control``, ``P001``, ``P001+P017``. ``obs["batch"]``. ``obsm["X_truth_basal"]`` and
+        ``obsm["X_truth_latent"]``: latents without and with the perturbation (``causal``: the background, and all).
+        ``uns["truth"]``: masks, effects, the oracle (expected log1p CP10k shift of every condition, from counts
+        sampled for many basal draws; for real values the shift of their mean), gene parameters, decoder, settings; it
+        survives ``write_h5ad``, read it with :func:`pertvae.datasets.read_truth`. At the same seed and sizes the
+        kinds that take the keyword arguments of ``sparse_additive`` share design, effects, decoder and genes.
 
     Raises
     ------
     ValueError
-        If the kind is unknown or a size makes no screen.
+        If the kind is unknown or a setting makes no screen.
     TypeError
         If the kind has no such setting.
 

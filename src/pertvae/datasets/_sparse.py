@@ -105,8 +105,8 @@ def interacting_random(
     deviating_fraction
         Fraction of the genes that deviate, in every double the same number (rounded).
     deviation_sd
-        Standard deviation of the deviation of a log rate. With 6% of the genes and 0.5, about what the additive null
-        fit finds in real doubles (4.5% of gene and pair combinations).
+        Standard deviation of the deviation of a log rate. For comparison: of the real doubles of Norman et al. 4.5% of
+        the combinations of gene and pair deviate from additivity at a local false discovery rate of 5%.
 
     Returns
     -------

@@ -29,6 +29,7 @@ def screen(tmp_path_factory):
 @pytest.fixture
 def few_resamplings(monkeypatch):
     monkeypatch.setattr("pertvae.benchmark._score.N_RESAMPLES", 20)
+    monkeypatch.setattr("pertvae.benchmark._cells_figure._umap", lambda x: x[:, :2])
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +94,15 @@ def test_benchmark_on_a_file_writes_everything_and_resumes(screen, tmp_path, cap
     out = tmp_path / "results"
     command = [
         "benchmark", str(screen), "--perturbation-key", "perturbation", "--control", "control", "--models", "samsvae",
-        "--seeds", "0", "--folds", "1", "--n-cells", "40", "--max-epochs", "2", "--out", str(out),
+        "--seeds", "0", "--references", "Mean", "Additive", "--folds", "1", "--n-cells", "40", "--max-epochs", "2",
+        "--out", str(out),
     ]  # fmt: skip
     assert cli.main(command) == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[0] == "unseen_combination, fold 0: 5 held-out conditions, 40 genes scored."
     assert "best reference" in said.out.splitlines()[1]
-    assert "RidgeAdditive" in said.out
-    for name in ("report.html", "table.csv", "summary.csv", "settings.json", "fits.csv"):
+    assert "Additive" in said.out
+    for name in ("report.html", "table.csv", "summary.csv", "settings.json", "fits.csv", "splits.csv", "units.csv"):
         assert (out / name).is_file()
     assert list((out / "figures").glob("*.png"))
     first = pd.read_csv(out / "table.csv")
@@ -152,7 +154,7 @@ def test_failed_model_gives_exit_code_1(screen, tmp_path, capsys, monkeypatch, f
     monkeypatch.setattr(pv.SAMSVAE, "train", broken)
     code = cli.main(
         ["benchmark", str(screen), "--perturbation-key", "perturbation", "--control", "control", "--folds", "1",
-         "--seeds", "0", "--n-cells", "40", "--out", str(tmp_path / "r")]
+         "--seeds", "0", "--references", "Mean", "--n-cells", "40", "--out", str(tmp_path / "r")]
     )  # fmt: skip
     assert code == 1
     assert "samsvae (fold 0, seed 0) failed: RuntimeError: no memory" in capsys.readouterr().err
@@ -163,7 +165,8 @@ def test_benchmark_of_an_ensemble(screen, tmp_path, capsys, few_resamplings):
     out = tmp_path / "results"
     command = [
         "benchmark", str(screen), "--perturbation-key", "perturbation", "--control", "control", "--models", "cpavae",
-        "--seeds", "0", "1", "--ensemble", "--folds", "1", "--n-cells", "40", "--max-epochs", "2", "--out", str(out),
+        "--seeds", "0", "1", "--references", "Mean", "--ensemble", "--folds", "1", "--n-cells", "40", "--max-epochs", "2",
+        "--out", str(out),
     ]  # fmt: skip
     assert cli.main(command) == 0
     assert "cpavae ensemble" in capsys.readouterr().out

@@ -63,10 +63,11 @@ class StandIn:
 @pytest.fixture(scope="package", autouse=True)
 def few_resamplings():
     """Intervals of single conditions from few draws: what they are around is tested, not their smoothness."""
-    from pertvae.benchmark import _score
+    from pertvae.benchmark import _cells_figure, _score
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_score, "N_RESAMPLES", 30)
+        patch.setattr(_cells_figure, "_umap", lambda x: x[:, :2])  # seconds each; one test draws the real one
         yield
 
 

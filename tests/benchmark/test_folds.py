@@ -148,6 +148,20 @@ def test_options_reach_the_splitter():
     assert {u.seen for u in fold.units} == {"1/2"}
 
 
+def test_what_is_named_is_held_out_in_turn():
+    adata = screen(["control", "A", "B", "C", "A+B", "B+C", "A+C"])
+    options = {"held_out": ["A+C", "B+A"]}
+    folds = make_folds(adata, "unseen_combination", n_folds=2, split_kwargs=options, **KEYS)
+    assert asked(folds) == [["A+C"], ["A+B"]]
+    for fold, unit in zip(folds, ["A+C", "A+B"], strict=True):
+        inside = (adata.obs["perturbation"] == unit).to_numpy()
+        assert (fold.split[inside] == "test").all()
+        others = adata.obs["perturbation"].isin(["A", "B", "C", "B+C"]).to_numpy()
+        assert (fold.split[others] == "train").all()
+    (together,) = make_folds(adata, "unseen_combination", n_folds=1, split_kwargs=options, **KEYS)
+    assert asked([together]) == [["A+B", "A+C"]]
+
+
 def test_errors_name_the_fix():
     adata = screen(["control", "A", "B", "A+B"])
     with pytest.raises(ValueError, match=r"train_fraction=0.5.*no combination.*n_folds of 2"):
@@ -158,7 +172,7 @@ def test_errors_name_the_fix():
         make_folds(adata, "random", n_folds=0, **KEYS)
     with pytest.raises(ValueError, match=r"'sen' is not an option.*'seen'"):
         make_folds(adata, "random", split_kwargs={"sen": "2/2"}, **KEYS)
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match=r"n_folds=2 is more than what held_out names: 'A\+B'"):
         make_folds(adata, "unseen_combination", n_folds=2, split_kwargs={"held_out": ["A+B"]}, **KEYS)
     with pytest.raises(ValueError, match="no held-out condition has 5 cells"):
         make_folds(screen(["control", "A"], n=6), "random", **KEYS)

@@ -34,11 +34,12 @@ def test_table_is_tidy_and_complete(result, screen):
     assert (headline["n_observed"] == 20).all()
     rows = headline[headline["kind"] == "reference"]
     assert ((rows["lower"] < rows["value"]) & (rows["value"] < rows["upper"])).all()
-    pooled = {m for m in pv.metrics.registry if m.startswith("ate_")}
+    pooled = {m for m, metric in pv.metrics.registry.items() if metric.level == "pooled"}
     assert set(table.loc[table["condition"] == "pooled", "metric"]) == pooled
     assert (table["status"] == "ok").all()
-    assert set(result.fits["model"]) == {"NoChange", "Additive", "duplicate", "oracle", "net"}
-    assert len(result.fits) == 2 * (4 + 2)
+    controls = {"duplicate", "interpolated duplicate", "oracle"}
+    assert set(result.fits["model"]) == {"NoChange", "Additive", *controls, "net"}
+    assert len(result.fits) == 2 * (5 + 2)
 
 
 def test_oracle_is_best_and_additive_beats_no_change(result):

@@ -8,9 +8,12 @@ import scipy.sparse as sp
 
 import pertvae as pv
 from pertvae._expression import mean_profile
-from pertvae.benchmark._fit import Data, fit_model, run_duplicate, run_model, run_oracle, run_reference
+from pertvae.benchmark._data import Data
+from pertvae.benchmark._duplicate import halves
+from pertvae.benchmark._fit import run_duplicate, run_model, run_oracle, run_reference
 from pertvae.benchmark._folds import make_folds
 from pertvae.benchmark._score import Scorer, scoring_genes
+from pertvae.benchmark._train import fit_model
 from pertvae.metrics._registry import resolve
 
 KEYS = {"perturbation_key": "perturbation", "control": "control"}
@@ -55,11 +58,11 @@ def test_held_out_cells_choose_no_gene_and_no_center(screen):
     _, after = scorer_of(adata)
     assert not after.genes[5]
     np.testing.assert_array_equal(before.genes, after.genes)
-    pd.testing.assert_series_equal(before.centers[""], after.centers[""])
+    pd.testing.assert_series_equal(before.training[""].center, after.training[""].center)
 
 
 def trained_and_scored(cls, data, scorer):
-    model = fit_model(cls, data, scorer, seed=0, model_kwargs={}, train_kwargs={})
+    model = fit_model(cls, data, scorer.adata, seed=0, model_kwargs={}, train_kwargs={})
     return run_model(model, data, scorer, seed=0, keep_programs=False)
 
 
@@ -94,7 +97,7 @@ def test_scores_equal_the_formulas(screen):
     # the center is the mean over training conditions of their mean profiles
     trained = sorted(set(labels[scorer.fold.rows("train")]) - {"control"})
     center = np.mean([mean_profile(screen.X, np.flatnonzero(labels == c)) for c in trained], axis=0)
-    np.testing.assert_allclose(scorer.centers[""], center)
+    np.testing.assert_allclose(scorer.training[""].center, center)
     r = np.corrcoef((train - center)[genes], (observed - center)[genes])[0, 1]
     assert value(found, "pearson_delta_perturbed", unit.name) == pytest.approx(r)
 
@@ -130,19 +133,19 @@ def test_center_of_a_context_without_training_perturbations(screen):
 
     seen = sorted(set(obs["perturbation"][train & (obs["line"] == "x").to_numpy()]) - {"control"})
     shift = np.mean([mean_of(c, "x") - mean_of("control", "x") for c in seen], axis=0)
-    np.testing.assert_allclose(scorer.centers["y"], mean_of("control", "y") + shift)
+    np.testing.assert_allclose(scorer.training["y"].center, mean_of("control", "y") + shift)
 
 
 def test_oracle_beats_everything_and_the_duplicate_halves_share_no_cell(screen):
     data, scorer = scorer_of(screen, n_folds=1)
     oracle = run_oracle(pv.datasets.read_truth(screen), scorer)
     additive = run_reference(pv.reference.Additive, data, scorer)
-    duplicate = run_duplicate(scorer)
+    duplicate = run_duplicate(scorer, interpolated=False)
     for metric in ("l2_profile", "l2_delta"):
         scores = [value(p, metric).mean() for p in (oracle, duplicate, additive)]
         assert scores[0] == min(scores)
     assert "energy_distance" not in set(oracle.scores["metric"])
-    first, second = scorer._halves(scorer.observed[""], seed=0)
+    first, second = halves(scorer.observed[""], scorer, seed=0)
     assert set(first.obs_names).isdisjoint(second.obs_names)
     sizes = [h.obs["perturbation"].value_counts() for h in (first, second)]
     assert (sizes[0] - sizes[1]).abs().max() <= 1

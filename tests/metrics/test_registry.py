@@ -31,6 +31,23 @@ def test_list_metrics() -> None:
         "ate_r2_top_20": ("higher", -np.inf, 1),
         "jaccard_top_20": ("higher", 0, 1),
         "jaccard_top_50": ("higher", 0, 1),
+        "mae_delta": ("lower", 0, np.inf),
+        "mse_delta": ("lower", 0, np.inf),
+        "r2_delta": ("higher", -np.inf, 1),
+        "weighted_mse": ("lower", 0, np.inf),
+        "variance_ratio": ("one", 0, np.inf),
+        "gene_variance_agreement": ("higher", -np.inf, 1),
+        "discrimination_score": ("higher", 0, 1),
+        "discrimination_score_l1": ("higher", 0, 1),
+        "discrimination_score_l2": ("higher", 0, 1),
+        "centroid_accuracy": ("higher", 0, 1),
+        "de_recovery": ("higher", 0, 1),
+        "de_count_ratio": ("one", 0, np.inf),
+        "interaction_auroc": ("higher", 0, 1),
+        "mmd2": ("lower", -2, 2),
+        "relative_rmse": ("lower", 0, np.inf),
+        "frechet_distance": ("lower", 0, np.inf),
+        "wasserstein2": ("lower", 0, np.inf),
     }
     assert set(table.index) == set(expected)
     for name, row in expected.items():

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import warnings
+from functools import partial
 
 import anndata as ad
 import numpy as np
@@ -11,9 +13,15 @@ from pertvae import reference
 from pertvae._expression import mean_profile
 from pertvae._predictions import predicted_shifts
 
-CLASSES = [getattr(reference, n) for n in reference.__all__ if n != "Reference"]
 KEYS = ("perturbation", "ctrl")
-every = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+CLASSES = {n: getattr(reference, n) for n in reference.__all__ if n != "Reference"}
+# Two epochs of scVI, and the options that take another way through fit.
+MADE = CLASSES | {
+    "SCVIArithmetic": partial(reference.SCVIArithmetic, 4, max_epochs=2),
+    "Additive in pca": partial(reference.Additive, "pca", n_components=8),
+    "Linear with features": partial(reference.Linear, pd.DataFrame(np.eye(5, 3) + 0.5, index=[*"ABCDE"])),
+}
+every = pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 
 
 def same(a, b):
@@ -28,9 +36,10 @@ def test_no_torch():
 
 
 @every
-def test_prediction_has_the_layout_of_a_model(cls, screen, tmp_path):
+def test_prediction_has_the_layout_of_a_model(make, screen, tmp_path):
     before = screen.copy()
-    fitted = cls().fit(screen, *KEYS, covariates=["batch"])
+    fitted = make().fit(screen, *KEYS, covariates=["batch"])
+    cls = type(fitted)
     labels = ["B+A", "A", "ctrl+B"]
     pred = fitted.predict_perturbation(labels, n_cells=70)
     assert pred.shape == (3 * 70 + 70, screen.n_vars)
@@ -51,13 +60,19 @@ def test_prediction_has_the_layout_of_a_model(cls, screen, tmp_path):
     assert info["model"] == cls.__name__
     assert info["value_kind"] == "counts"
     controls = screen.X[(screen.obs["perturbation"] == "ctrl").to_numpy()]
-    np.testing.assert_allclose(info["control_profile"], mean_profile(controls))
     np.testing.assert_allclose(fitted.control_profile_, mean_profile(controls))
+    if cls is reference.SCVIArithmetic:  # its cells are sampled: the shift is theirs, and so is the profile
+        assert "control_profile" not in info
+        same(fitted.predict_perturbation(labels, n_cells=70), pred)
+    else:
+        np.testing.assert_allclose(info["control_profile"], mean_profile(controls))
+        pd.testing.assert_frame_equal(predicted_shifts(pred), fitted.predict_shift(labels), check_column_type=False)
     assert f"{cls.__name__.lower()}_predictions" in pred.uns
-    pd.testing.assert_frame_equal(predicted_shifts(pred), fitted.predict_shift(labels), check_column_type=False)
     pred.write_h5ad(tmp_path / "x.h5ad")
     back = ad.read_h5ad(tmp_path / "x.h5ad")
-    pd.testing.assert_frame_equal(predicted_shifts(back), fitted.predict_shift(labels), check_column_type=False)
+    np.testing.assert_array_equal(predicted_shifts(back), predicted_shifts(pred))
+    assert list(predicted_shifts(back).columns) == list(screen.var_names)
+    assert list(predicted_shifts(back).index) == labels
     assert back.uns["pertvae"]["seed"] == 0
     # nothing was written to the screen
     pd.testing.assert_frame_equal(screen.obs, before.obs)
@@ -66,24 +81,24 @@ def test_prediction_has_the_layout_of_a_model(cls, screen, tmp_path):
 
 
 @every
-def test_only_training_cells_count(cls, screen):
+def test_only_training_cells_count(make, screen):
     rng = np.random.default_rng(0)
     screen.obs["split"] = rng.choice(["train", "val", "ood"], screen.n_obs, p=[0.7, 0.1, 0.2])
-    fitted = cls().fit(screen, *KEYS, "split")
+    fitted = make().fit(screen, *KEYS, "split")
     other = screen.copy()
     outside = (other.obs["split"] != "train").to_numpy()
     x = other.X.toarray()
     x[outside] = rng.integers(0, 500, (int(outside.sum()), other.n_vars))
     other.X = sp.csr_matrix(x)
     subset = screen[~outside].copy()
-    for again in (cls().fit(other, *KEYS, "split"), cls().fit(subset, *KEYS)):
+    for again in (make().fit(other, *KEYS, "split"), make().fit(subset, *KEYS)):
         pd.testing.assert_frame_equal(again.predict_shift(["A+B", "B"]), fitted.predict_shift(["A+B", "B"]))
         same(again.predict_perturbation("A+B"), fitted.predict_perturbation("A+B"))
 
 
 @every
-def test_dense_sparse_layer_and_backed_agree(cls, screen, tmp_path):
-    expected = cls().fit(screen, *KEYS).predict_perturbation(["A", "A+B"], n_cells=20)
+def test_dense_sparse_layer_and_backed_agree(make, screen, tmp_path):
+    expected = make().fit(screen, *KEYS).predict_perturbation(["A", "A+B"], n_cells=20)
     dense = screen.copy()
     dense.X = dense.X.toarray()
     layered = screen.copy()
@@ -92,9 +107,30 @@ def test_dense_sparse_layer_and_backed_agree(cls, screen, tmp_path):
     screen.write_h5ad(tmp_path / "x.h5ad")
     backed = ad.read_h5ad(tmp_path / "x.h5ad", backed="r")
     for data, layer in ((dense, None), (layered, "counts"), (backed, None)):
-        got = cls().fit(data, *KEYS, layer=layer).predict_perturbation(["A", "A+B"], n_cells=20)
+        got = make().fit(data, *KEYS, layer=layer).predict_perturbation(["A", "A+B"], n_cells=20)
         same(got, expected)
         np.testing.assert_allclose(predicted_shifts(got), predicted_shifts(expected), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_call_of_the_benchmark(name, screen):
+    """Contexts, batches, and components that no training cell has, which add nothing."""
+    screen.obs["cell"] = np.where(np.arange(screen.n_obs) % 2, "x", "y")
+    fitted = MADE[name]().fit(
+        screen, "perturbation", ["ctrl"], split_key=None, sep="+", labels_key="cell", batch_key="batch"
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pred = fitted.predict_perturbation(["Unseen+A", "A"], n_cells=60, labels="x", unseen="ignore", seed=0)
+    nothing_is_unknown = fitted._predictable() is None
+    assert [w for w in caught if "'Unseen' contribute nothing" in str(w.message)] or nothing_is_unknown
+    assert list(pred.uns["pertvae"]["ignored"]) == ([] if nothing_is_unknown else ["Unseen"])
+    assert (screen.obs.loc[pred.obs["source_cell"], "cell"] == "x").all()
+    shifts = predicted_shifts(pred).to_numpy()
+    if name == "SCVIArithmetic":  # other draws under another label
+        assert np.corrcoef(shifts)[0, 1] > 0.5
+    elif name != "MatchingMean":
+        np.testing.assert_allclose(shifts[0], shifts[1])
 
 
 def test_draws_depend_on_seed_label_and_cell_alone(screen):
@@ -167,6 +203,7 @@ def test_source_cells_of_the_caller(screen):
         ({"layer": "count"}, KeyError, "Did you mean 'counts'"),
         ({"labels_key": "cel"}, KeyError, "labels_key='cel'"),
         ({"covariates": ["batc"]}, KeyError, "Did you mean 'batch'"),
+        ({"batch_key": "batc"}, KeyError, "batch_key='batc'.*Did you mean 'batch'"),
     ],
 )
 def test_fit_errors(change, error, match, screen):

@@ -13,9 +13,18 @@ from anndata import AnnData
 import pertvae
 from pertvae import reference as reference_module
 from pertvae._labels import LabelFormat, hint, require_column
-from pertvae.benchmark._fit import Data
+from pertvae.benchmark._data import Data
 
-REFERENCES = ("NoChange", "Mean", "MatchingMean", "Additive", "RidgeAdditive", "CalibratedAdditive")
+REFERENCES = (
+    "NoChange",
+    "Mean",
+    "MatchingMean",
+    "Additive",
+    "RidgeAdditive",
+    "CalibratedAdditive",
+    "Linear",
+    "SCVIArithmetic",
+)
 
 
 def model_names() -> dict[str, str]:
@@ -53,17 +62,31 @@ def _model(value: Any) -> Any:
     return getattr(pertvae, known[value.lower()])
 
 
-def read_references(references: Sequence[Any] | None) -> dict[str, Any]:
-    """Return reference classes by name."""
-    found = {}
-    for value in REFERENCES if references is None else references:
-        if isinstance(value, str) and value not in reference_module.__all__:
-            raise ValueError(f"references: {value!r} is not a reference.{hint(value, REFERENCES)}")
-        cls = getattr(reference_module, value) if isinstance(value, str) else value
-        found[cls.__name__] = cls
+def read_references(references: Any) -> dict[str, Any]:
+    """Return references by name: classes, or what makes an unfitted one."""
+    if isinstance(references, Mapping):
+        found = {str(name): _reference(value) for name, value in references.items()}
+    else:
+        given = [references] if isinstance(references, (str, type)) else references
+        classes = [_reference(value) for value in (REFERENCES if given is None else given)]
+        found = {cls.__name__: cls for cls in classes}
     if not found:
         raise ValueError(f"references is empty: scores mean nothing without references. Pass some of {REFERENCES}.")
     return found
+
+
+def _reference(value: Any) -> Any:
+    known = [name for name in reference_module.__all__ if name != "Reference"]
+    if isinstance(value, str):
+        if value not in known:
+            raise ValueError(f"references: {value!r} is not a reference.{hint(value, known)}")
+        return getattr(reference_module, value)
+    if not callable(value):
+        raise ValueError(
+            f"references: {value!r} is not a reference. Pass names ({', '.join(known)}), classes, or a mapping from "
+            "names to classes or functions, such as {'AdditivePCA': functools.partial(Additive, space='pca')}."
+        )
+    return value
 
 
 def read_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
@@ -140,3 +163,11 @@ def read_data(
     context = labels_key if labels_key is not None and adata.obs[labels_key].nunique() > 1 else None
     tokens = LabelFormat.create(control, sep).control
     return Data(work, perturbation_key, tokens, sep, labels_key, batch_key, context, n_cells, setup_kwargs)
+
+
+def registered_columns(setup_kwargs: Mapping[str, Any], obs: pd.DataFrame) -> list[str]:
+    """Return the obs columns that further arguments of ``setup_anndata`` name."""
+    named: list[Any] = []
+    for value in setup_kwargs.values():
+        named += [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    return [str(v) for v in dict.fromkeys(named) if v in obs.columns]

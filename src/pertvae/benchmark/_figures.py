@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pertvae.benchmark._cells_figure import MAX_METHODS, cells_figure
 from pertvae.benchmark._metrics import loss, plain_name, rising
 from pertvae.pl import data_efficiency, programs, training_curves
 from pertvae.pl._canvas import COLORS, INK, MUTED, literal, new_figure, shorten, tidy
@@ -42,6 +43,9 @@ def figures(result: BenchmarkResult) -> dict[str, Figure]:
         if whole.by_fraction and metric is not None:
             of_scheme = whole.table[whole.table["scheme"] == scheme]
             found[f"efficiency_{scheme}"] = data_efficiency(of_scheme, metric)
+        cells = cells_figure(*_clouds(result, scheme))
+        if cells is not None:
+            found[f"cells_{scheme}"] = cells
         for model in result.names("model"):
             reference = best_reference(result, scheme)
             if reference is not None:
@@ -59,6 +63,18 @@ def figures(result: BenchmarkResult) -> dict[str, Figure]:
             if with_programs:
                 found[f"programs_{scheme}_{model}"] = programs(SimpleNamespace(**with_programs[0].programs))
     return found
+
+
+def _clouds(result: BenchmarkResult, scheme: str) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Return components of observed cells, and those predicted by each model and the best reference, by name."""
+    observed = result.clouds.get((scheme, 0), pd.DataFrame())
+    best = best_reference(result, scheme)
+    names = [*result.names("model")[: MAX_METHODS - 1], *([best] if best is not None else [])]
+    predicted: dict[str, pd.DataFrame] = {}
+    for key, prediction in result.trained(scheme):
+        if key[1] == 0 and key[2] in names and "cloud" in prediction.tables:
+            predicted.setdefault(key[2], prediction.tables["cloud"])
+    return observed, {name: predicted[name] for name in names if name in predicted}
 
 
 def best_reference(result: BenchmarkResult, scheme: str, metric: str | None = None) -> str | None:

@@ -39,13 +39,26 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+_NOT_TRAINING = ("benchmark", "metrics", "reference", "pl", "pp", "datasets", "cli.py", "_cli.py", "_predictions.py")
+_TRAINING = ("benchmark/_train.py", "benchmark/_data.py")
+
+
 @cache
-def fingerprint_code() -> str:
-    """Return a fingerprint of this package's source: results of other code are not taken from a cache."""
+def fingerprint_code(training: bool = False) -> str:
+    """Return a fingerprint of this package's source: results of other code are not taken from a cache.
+
+    Parameters
+    ----------
+    training
+        Only of the code that trained models depend on, without metrics, references, figures and scoring.
+    """
     root = Path(pertvae.__file__).parent
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
+        name = path.relative_to(root).as_posix()
+        if training and name.split("/")[0] in _NOT_TRAINING and name not in _TRAINING:
+            continue
+        digest.update(name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

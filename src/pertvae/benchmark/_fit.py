@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import io
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,80 +16,26 @@ from anndata import AnnData
 from pertvae._constants import UNS_PROVENANCE_KEY
 from pertvae._predictions import predicted_shifts
 from pertvae._storage import write_table
-from pertvae.benchmark._folds import SPLIT_KEY, Fold
+from pertvae.benchmark._data import Data
+from pertvae.benchmark._duplicate import duplicate
+from pertvae.benchmark._external import External
+from pertvae.benchmark._folds import SPLIT_KEY
 from pertvae.benchmark._prediction import Prediction
 from pertvae.benchmark._score import Scorer
+from pertvae.benchmark._train import seeded
+from pertvae.reference import SCVIArithmetic
 
 CELLS_AT_ONCE = 20_000
 """Cells predicted in one call: expected counts are dense, and all conditions together would not fit into memory."""
 REFERENCE_CELLS = 500
-"""Cells of a reference: their mean is not scored, its shift is, and distances between cells use at most as many."""
+"""Cells of a reference whose exact shift is scored: distances between cells use at most as many."""
 _PROGRAMS = ("effects", "inclusion", "loadings")
-
-
-@dataclass(frozen=True)
-class Data:
-    """The screen as every method sees it.
-
-    Parameters
-    ----------
-    adata
-        Counts in ``X``; the benchmark's own object.
-    perturbation_key, control, sep, labels_key, batch_key
-        As in :func:`pertvae.benchmark.run`.
-    context_key
-        ``labels_key`` where it has more than one value, else ``None``.
-    n_cells
-        Cells predicted a condition.
-    setup_kwargs
-        Further arguments of ``setup_anndata``.
-    """
-
-    adata: AnnData
-    perturbation_key: str
-    control: tuple[str, ...]
-    sep: str | None
-    labels_key: str | None
-    batch_key: str | None
-    context_key: str | None
-    n_cells: int
-    setup_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def of_fold(self, fold: Fold) -> tuple[AnnData, Fold]:
-        """Return the cells that a fold uses, with its split column, and the fold on them; X is shared if it can be."""
-        obs = self.adata.obs.assign(**{SPLIT_KEY: fold.split})
-        kept = fold.split.notna().to_numpy()
-        x = self.adata.X if kept.all() else self.adata.X[kept]
-        work = AnnData(X=x, obs=obs[kept].copy(), var=pd.DataFrame(index=self.adata.var_names))
-        work.obs[SPLIT_KEY] = work.obs[SPLIT_KEY].astype(str)
-        return work, replace(fold, split=fold.split[kept], common=fold.common_rows()[kept])
-
-
-def fit_model(
-    cls: Any,
-    data: Data,
-    scorer: Scorer,
-    *,
-    seed: int,
-    model_kwargs: Mapping[str, Any],
-    train_kwargs: Mapping[str, Any],
-    on_epoch: Callable[[int, int], None] | None = None,
-) -> Any:
-    """Train one model on the training cells of a fold and return it."""
-    setup = {"perturbation_key": data.perturbation_key, "control": list(data.control), "sep": data.sep}
-    setup |= {k: v for k, v in (("batch_key", data.batch_key), ("labels_key", data.labels_key)) if v is not None}
-    cls.setup_anndata(scorer.adata, **setup, **data.setup_kwargs)
-    with _seeded(seed):
-        model = cls(scorer.adata, **model_kwargs)
-        with contextlib.redirect_stdout(io.StringIO()):  # scvi-tools prints why training stopped, across the bar
-            model.train(**_train_arguments(model, train_kwargs, on_epoch))
-    return model
 
 
 def run_model(model: Any, data: Data, scorer: Scorer, *, seed: int, keep_programs: bool) -> Prediction:
     """Predict the units of a fold with a trained model, and score them."""
     start = time.perf_counter()
-    with _seeded(seed):
+    with seeded(seed):
         predicted = _predicted(model.predict_perturbation, data, scorer, seed)
     seconds = time.perf_counter() - start
     prediction = _scored(scorer, predicted)
@@ -146,12 +88,15 @@ def run_reference(cls: Any, data: Data, scorer: Scorer) -> Prediction:
             split_key=SPLIT_KEY,
             sep=data.sep,
             labels_key=data.context_key,
+            batch_key=data.batch_key,
         )
+        # the others are scored by their exact shifts: of cells only the distribution is looked at
+        n_cells = data.n_cells if isinstance(reference, SCVIArithmetic) else min(data.n_cells, REFERENCE_CELLS)
         fitted = time.perf_counter()
         predicted = {
             context: reference.predict_perturbation(
                 [u.label for u in scorer.units(context)],
-                n_cells=min(data.n_cells, REFERENCE_CELLS),
+                n_cells=n_cells,
                 labels=context or None,
                 unseen="ignore",
                 seed=0,
@@ -163,10 +108,17 @@ def run_reference(cls: Any, data: Data, scorer: Scorer) -> Prediction:
     return prediction
 
 
-def run_duplicate(scorer: Scorer) -> Prediction:
+def run_external(external: External, scorer: Scorer) -> Prediction:
+    """Score what an outside tool predicted."""
+    prediction = _scored(scorer, external.predicted(scorer))
+    prediction.seconds = {"fit": np.nan, "predict": np.nan}
+    return prediction
+
+
+def run_duplicate(scorer: Scorer, interpolated: bool) -> Prediction:
     """Score halves of the held-out cells against each other."""
     start = time.perf_counter()
-    scores = scorer.duplicate()
+    scores = duplicate(scorer, interpolated)
     return Prediction(scores, seconds={"fit": 0.0, "predict": time.perf_counter() - start})
 
 
@@ -203,47 +155,8 @@ def merge(parts: Sequence[AnnData]) -> AnnData:
 
 
 def _scored(scorer: Scorer, predicted: Mapping[str, AnnData], metrics: Sequence[str] | None = None) -> Prediction:
-    draws = scorer.draws(predicted, metrics)
-    return Prediction(
-        scores=scorer.score(predicted, metrics),
-        shift=scorer.shifts(predicted),
-        tables={f"draws:{name}": table for name, table in draws.items()},
-    )
-
-
-def _train_arguments(
-    model: Any, train_kwargs: Mapping[str, Any], on_epoch: Callable[[int, int], None] | None
-) -> dict[str, Any]:
-    """Return the arguments of ``train``: the split, no bar of its own, and one call an epoch for ours."""
-    arguments = {"split_key": SPLIT_KEY, **train_kwargs}
-    parameters = inspect.signature(model.train).parameters.values()
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return arguments
-    arguments = {"enable_progress_bar": False, "enable_model_summary": False, **arguments}
-    if on_epoch is not None:
-        from lightning.pytorch.callbacks import LambdaCallback
-
-        def report(trainer: Any, _module: Any) -> None:
-            on_epoch(trainer.current_epoch + 1, trainer.max_epochs)
-
-        arguments["callbacks"] = [*arguments.get("callbacks", []), LambdaCallback(on_train_epoch_end=report)]
-    return arguments
-
-
-class _seeded:
-    """Train from a seed of scvi-tools, and put the caller's seed back afterwards."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        from scvi import settings
-
-        self.before = settings.seed
-        settings.seed = self.seed
-
-    def __exit__(self, *_: object) -> None:
-        from scvi import settings
-
-        if self.before is not None:
-            settings.seed = self.before
+    scores, draws = scorer.score(predicted, metrics)
+    tables = {f"draws:{name}": table for name, table in draws.items()}
+    if scorer.cloud is not None and metrics is None:
+        tables["cloud"] = scorer.cloud.predicted(scorer, predicted)
+    return Prediction(scores, shift=scorer.shifts(predicted), tables=tables)

@@ -116,7 +116,7 @@ def make_folds(
     scheme, perturbation_key, control, sep, labels_key
         See :func:`pertvae.pp.split_perturbations`.
     n_folds
-        Number of folds.
+        Number of folds. With ``held_out`` in ``split_kwargs`` its items are held out in turn, in that many parts.
     train_fractions
         Fractions f of the training combinations. They are put in a random order (``seed`` of the split) and the first
         int(f n) stay in training, so that smaller fractions lie within larger ones; the cells of the others are in no
@@ -130,8 +130,7 @@ def make_folds(
         if name not in _OPTIONS:
             raise ValueError(f"split_kwargs: {name!r} is not an option.{hint(name, _OPTIONS)}")
     options: dict[str, Any] = {"valid_fraction": 0.0, **(split_kwargs or {})}
-    if n_folds is not None and n_folds > 1 and "held_out" in options:
-        raise ValueError(f"n_folds={n_folds} and held_out exclude each other: folds choose what is held out.")
+    in_turn = _in_turn(options, n_folds)
     if scheme == "unseen_combination":
         options.setdefault("seen", DEFAULT_SEEN)
         if n_folds is None and not options.keys() & {"held_out", "test_fraction"}:
@@ -147,7 +146,13 @@ def make_folds(
         **options,
     }
     bare = AnnData(obs=adata.obs[[k for k in (perturbation_key, labels_key) if k is not None]].copy())
-    if n_folds is not None and n_folds > 1:
+    if in_turn:
+        splits = []
+        for part in in_turn:
+            given: dict[str, Any] = {**shared, "held_out": part, "key_added": SPLIT_KEY, "overwrite": True}
+            summary = split_perturbations(bare, scheme, **given)  # type: ignore[arg-type]
+            splits.append((bare.obs[SPLIT_KEY].copy(), summary))
+    elif n_folds is not None and n_folds > 1:
         shared.pop("test_fraction", None)
         splits = list(perturbation_folds(bare, scheme, n_folds=n_folds, **shared))  # type: ignore[arg-type]
     else:
@@ -175,6 +180,17 @@ def make_folds(
         common = (kept[min(train_fractions)] == "train").to_numpy()
         folds += [Fold(scheme, i, kept[f], units, left_out, f, common) for f in train_fractions]
     return folds
+
+
+def _in_turn(options: Mapping[str, Any], n_folds: int | None) -> list[list[str]]:
+    """Return what each fold holds out, where that is given and there are several folds; otherwise nothing."""
+    given = options.get("held_out")
+    if given is None or n_folds is None or n_folds < 2:
+        return []
+    items = list(dict.fromkeys([given] if isinstance(given, str) else [str(v) for v in given]))
+    if n_folds > len(items):
+        raise ValueError(f"n_folds={n_folds} is more than what held_out names: {', '.join(map(repr, items))}.")
+    return [list(part) for part in np.array_split(np.array(items, dtype=object), n_folds)]
 
 
 def _count_eligible(labels: pd.Series, control: str | Sequence[str], sep: str | None) -> int:

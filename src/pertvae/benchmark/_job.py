@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,22 @@ import numpy as np
 import pandas as pd
 
 from pertvae.benchmark._arguments import ensemble_name
+from pertvae.benchmark._cloud import Cloud
+from pertvae.benchmark._data import Data
+from pertvae.benchmark._duplicate import DUPLICATE, INTERPOLATED, ORACLE
+from pertvae.benchmark._external import External
 from pertvae.benchmark._fingerprint import fingerprint, fingerprint_code, versions
-from pertvae.benchmark._fit import Data, fit_model, run_duplicate, run_ensemble, run_model, run_oracle, run_reference
+from pertvae.benchmark._fit import run_duplicate, run_ensemble, run_external, run_model, run_oracle, run_reference
 from pertvae.benchmark._folds import Fold
 from pertvae.benchmark._prediction import Prediction, records
 from pertvae.benchmark._result import BenchmarkResult, Key
 from pertvae.benchmark._score import POOLED, Scorer
+from pertvae.benchmark._store import FitStore
+from pertvae.benchmark._strata import unit_table
+from pertvae.benchmark._train import fit_model
 from pertvae.datasets import Truth
 from pertvae.metrics import Metric
 
-DUPLICATE, ORACLE = "duplicate", "oracle"
 NO_SEED = -1
 
 
@@ -45,11 +51,13 @@ class Job:
     truth
         Of a simulated screen.
     cache
-        Folder of finished fits.
+        Folder of finished fits: their scores, and trained models.
     fingerprint
         Of the data.
     ensemble
         Also score, for each model, its fits of all seeds as one.
+    external
+        Predictions of outside tools by name.
     """
 
     data: Data
@@ -63,16 +71,20 @@ class Job:
     cache: Path | None
     fingerprint: str = ""
     ensemble: bool = False
+    external: Mapping[str, External] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.store = FitStore(self.cache / "models" if self.cache is not None else None)
         self.predictions: dict[Key, Prediction] = {}
         self.kinds: dict[str, str] = {}
         self.scorers: dict[tuple[str, int], Scorer] = {}
+        self.clouds: dict[tuple[str, int], pd.DataFrame] = {}
 
     @property
     def n_methods(self) -> int:
         of_model = len(self.seeds) + self.ensemble
-        return len(self.references) + 1 + (self.truth is not None) + len(self.models) * of_model
+        fixed = len(self.references) + 2 + (self.truth is not None) + len(self.external)
+        return fixed + len(self.models) * of_model
 
     def run_fold(self, fold: Fold, keep_draws: bool, bar: Any) -> None:
         """Run every method on one fold."""
@@ -81,15 +93,22 @@ class Job:
         scorer = Scorer(
             adata, fold, data.perturbation_key, data.control, data.sep, data.context_key, self.metrics, keep_draws
         )
+        scorer.table = unit_table(scorer)
+        if fold.index == 0:
+            scorer.cloud = Cloud.create(scorer)
+            self.clouds[fold.scheme, fold.index] = scorer.cloud.observed(scorer)
         self.scorers[fold.scheme, fold.index] = scorer
         if not bar.disable:
             n_units, n_genes = len(fold.units), int(scorer.genes.sum())
             bar.write(f"{fold.scheme}, fold {fold.index}: {n_units} held-out conditions, {n_genes} genes scored.")
         for name, cls in self.references.items():
             self._step(fold, name, "reference", NO_SEED, partial(run_reference, cls, data, scorer), bar)
-        self._step(fold, DUPLICATE, "duplicate", NO_SEED, partial(run_duplicate, scorer), bar)
+        for name, interpolated in ((DUPLICATE, False), (INTERPOLATED, True)):
+            self._step(fold, name, "duplicate", NO_SEED, partial(run_duplicate, scorer, interpolated), bar)
         if self.truth is not None:
             self._step(fold, ORACLE, "oracle", NO_SEED, partial(run_oracle, self.truth, scorer), bar)
+        for name, external in self.external.items():
+            self._step(fold, name, "model", NO_SEED, partial(run_external, external, scorer), bar)
         for name in self.models:
             fitted: dict[int, Any] = {}
             for seed in self.seeds:
@@ -101,9 +120,7 @@ class Job:
 
     def _single(self, name: str, seed: int, scorer: Scorer, fitted: dict[int, Any], bar: Any) -> Prediction:
         """Train a model from one seed and score it; for an ensemble it is kept in ``fitted``."""
-        start = time.perf_counter()
-        model = self._fit(name, seed, scorer, bar)
-        seconds = time.perf_counter() - start
+        model, seconds = self._fit(name, seed, scorer, bar)
         keep_programs = scorer.fold.index == 0 and seed == self.seeds[0]
         prediction = run_model(model, self.data, scorer, seed=seed, keep_programs=keep_programs)
         prediction.seconds["fit"] = seconds
@@ -112,29 +129,40 @@ class Job:
         return prediction
 
     def _ensemble(self, name: str, scorer: Scorer, fitted: dict[int, Any], bar: Any) -> Prediction:
-        """Score the fits of all seeds as one; those whose scores came from the cache are trained again."""
+        """Score the fits of all seeds as one; without a cache of models those not at hand are trained again."""
         singles = {seed: self.predictions[scorer.fold.scheme, scorer.fold.index, name, seed] for seed in self.seeds}
         for seed, single in singles.items():
             if single.status != "ok":
                 raise RuntimeError(f"seed {seed} failed: {single.error}")
-        models = [fitted[s] if s in fitted else self._fit(name, s, scorer, bar) for s in self.seeds]
+        models = [fitted[s] if s in fitted else self._fit(name, s, scorer, bar)[0] for s in self.seeds]
         prediction = run_ensemble(models, self.data, scorer, seed=self.seeds[0])
         prediction.seconds["fit"] = sum(single.seconds["fit"] for single in singles.values())
         return prediction
 
-    def _fit(self, name: str, seed: int, scorer: Scorer, bar: Any) -> Any:
+    def _fit(self, name: str, seed: int, scorer: Scorer, bar: Any) -> tuple[Any, float]:
+        """Return a trained model and the seconds of its training, from disk where it was kept."""
+
         def report(epoch: int, of: int) -> None:
             bar.set_postfix_str(f"epoch {epoch}/{of}")
 
-        return fit_model(
-            self.models[name],
+        cls, fold = self.models[name], scorer.fold
+        key = f"{_safe(name)}-seed{seed}-{fingerprint(self._fit_settings(fold, name, seed))}"
+        kept = self.store.read(key, cls, scorer.adata)
+        if kept is not None:
+            return kept
+        start = time.perf_counter()
+        model = fit_model(
+            cls,
             self.data,
-            scorer,
+            scorer.adata,
             seed=seed,
             model_kwargs=self._own(self.model_kwargs, name),
             train_kwargs=self._own(self.train_kwargs, name),
             on_epoch=report,
         )
+        seconds = time.perf_counter() - start
+        self.store.write(key, model, seconds)
+        return model, seconds
 
     def _step(self, fold: Fold, name: str, kind: str, seed: int, compute: Callable[[], Prediction], bar: Any) -> None:
         """Take one method's result from the cache, or compute and keep it; a failure is recorded, not raised."""
@@ -156,34 +184,51 @@ class Job:
         bar.set_postfix_str("")
         bar.update()
 
+    def _fit_settings(self, fold: Fold, name: str, seed: Any) -> dict[str, Any]:
+        """Return everything that a trained model depends on."""
+        data, cls = self.data, self.models[name]
+        return {
+            "data": self.fingerprint,
+            "code": fingerprint_code(training=True),
+            "versions": versions(),
+            "class": f"{cls.__module__}.{cls.__qualname__}",
+            "model_kwargs": self._own(self.model_kwargs, name),
+            "train_kwargs": self._own(self.train_kwargs, name),
+            "setup": [data.perturbation_key, data.control, data.sep, data.labels_key, data.batch_key],
+            "setup_kwargs": dict(data.setup_kwargs),
+            # by cell: splits of other cells often have the same sizes
+            "split": int(pd.util.hash_pandas_object(fold.split.astype(str)).sum()),
+            "seed": seed,
+        }
+
     def _path(self, fold: Fold, name: str, kind: str, seed: int) -> Path | None:
+        """Return the file of one method's scores."""
         if self.cache is None:
             return None
         data = self.data
         single = {ensemble_name(n): n for n in self.models}.get(name, name) if self.ensemble else name
-        cls = self.models.get(single) if kind == "model" else self.references.get(name)
+        if name in self.external:
+            of_method: dict[str, Any] = {"external": self.external[name].fingerprint(fold.index)}
+        elif kind == "model":
+            of_method = self._fit_settings(fold, single, seed if single == name else list(self.seeds))
+        else:
+            of_method = {"reference": _words(self.references[name]) if name in self.references else name}
         settings = {
+            "method": of_method,
             "data": self.fingerprint,
             "code": fingerprint_code(),
             "versions": versions(),
-            "class": f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', name)}",
-            "model_kwargs": self._own(self.model_kwargs, single) if kind == "model" else {},
-            "train_kwargs": self._own(self.train_kwargs, single) if kind == "model" else {},
             "setup": [data.perturbation_key, data.control, data.sep, data.labels_key, data.batch_key],
-            "setup_kwargs": dict(data.setup_kwargs),
             "n_cells": data.n_cells,
             "metrics": [m.name for m in self.metrics],
             "units": [u.name for u in fold.units],
-            # by cell: splits of other cells often have the same sizes
             "split": int(pd.util.hash_pandas_object(fold.split.astype(str)).sum()),
             "common": int(pd.util.hash_pandas_object(pd.Series(fold.common_rows(), fold.split.index)).sum()),
             "draws": self.scorers[fold.scheme, fold.index].keep_draws,
             "programs": fold.index == 0 and seed == self.seeds[0] if self.seeds else False,
-            "seed": seed if single == name else list(self.seeds),
         }
         seeded = f"-seed{seed}" if seed >= 0 else ""
-        safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-        return self.cache / f"{fold.scheme}-fold{fold.index}-{safe}{seeded}-{fingerprint(settings)}.npz"
+        return self.cache / f"{fold.scheme}-fold{fold.index}-{_safe(name)}{seeded}-{fingerprint(settings)}.npz"
 
     def _own(self, given: Mapping[str, Any], name: str) -> dict[str, Any]:
         """Return arguments for all models and those under this model's name."""
@@ -223,5 +268,31 @@ class Job:
         draws = {metric: pd.concat(tables) for metric, tables in drawn.items()}
         for frame in draws.values():
             frame.index.names = ["scheme", "fold", "model", "seed", "unit"]
-        truths = {key: scorer.truth for key, scorer in self.scorers.items()}
-        return BenchmarkResult(table, pd.DataFrame(fits), settings, dict(self.predictions), truths, draws)
+        scorers = self.scorers
+        sizes = [s.table.assign(scheme=name, fold=i) for (name, i), s in scorers.items()]
+        splits = {
+            f"{name}_fold{i}": s.fold.split.reindex(self.data.adata.obs_names) for (name, i), s in scorers.items()
+        }
+        return BenchmarkResult(
+            table,
+            pd.DataFrame(fits),
+            settings,
+            dict(self.predictions),
+            {key: s.truth for key, s in scorers.items()},
+            pd.concat(sizes, ignore_index=True),
+            pd.DataFrame(splits).rename_axis("cell"),
+            self.clouds,
+            draws,
+        )
+
+
+def _safe(name: str) -> str:
+    """Return a name that can stand in the name of a file."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+def _words(reference: Any) -> list[str]:
+    """Return what tells one reference from another: its class and the arguments that were put to it."""
+    arguments = (getattr(reference, "args", ()), getattr(reference, "keywords", {}))
+    cls = getattr(reference, "func", reference)
+    return [f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', repr(cls))}", repr(arguments)]

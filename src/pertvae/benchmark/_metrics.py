@@ -57,6 +57,69 @@ _PLAIN = {
     ),
     "jaccard_top_20": ("overlap of the 20 most changed genes", "Shared genes among the 20 with the largest shift."),
     "jaccard_top_50": ("overlap of the 50 most changed genes", "Shared genes among the 50 with the largest shift."),
+    "mae_delta": ("mean absolute error of the shift", "Mean over genes of the absolute difference of the shifts."),
+    "mse_delta": ("mean squared error of the shift", "Mean over genes of the squared difference of the shifts."),
+    "weighted_mse": (
+        "error in the genes that change",
+        "Squared error of mean expression, genes weighted by how much they differ from other conditions in cells that "
+        "the error is not measured on.",
+    ),
+    "r2_delta": (
+        "explained shift",
+        "Share of the variation of the observed shift over genes that the predicted shift explains.",
+    ),
+    "variance_ratio": (
+        "spread of the cells",
+        "Variance of predicted cells over that of observed cells, all genes together. Copies of a mean score 0.",
+    ),
+    "gene_variance_agreement": (
+        "agreement of gene variances",
+        "Share of the differences between genes in cell-to-cell variance that the predicted cells have.",
+    ),
+    "discrimination_score": (
+        "telling conditions apart (cosine)",
+        "Is the predicted shift nearer to the observed shift of its own condition than to those of the others? 0.5 is "
+        "chance. It saturates where effects are strong.",
+    ),
+    "discrimination_score_l1": (
+        "telling conditions apart (L1)",
+        "The same by L1 distance; larger shifts score better here, whatever their direction.",
+    ),
+    "discrimination_score_l2": ("telling conditions apart (L2)", "The same by Euclidean distance."),
+    "centroid_accuracy": (
+        "own condition nearest",
+        "Share of the other observed conditions that lie farther from the predicted mean expression than its own.",
+    ),
+    "mmd2": (
+        "difference of the cell distribution",
+        "Squared maximum mean discrepancy between predicted and observed cells, Gaussian kernel; 0 when alike.",
+    ),
+    "frechet_distance": (
+        "Fr\N{LATIN SMALL LETTER E WITH ACUTE}chet distance of cells",
+        "Distance between the means and covariances of all predicted and all observed cells, in principal components.",
+    ),
+    "wasserstein2": (
+        "transport distance of cells",
+        "Least cost of moving predicted cells onto observed ones, in principal components. Never 0 for few cells.",
+    ),
+    "de_recovery": (
+        "recovery of changed genes",
+        "How well a differential expression test on the predicted cells ranks the genes that the same test finds in "
+        "the observed cells (average precision). It needs cells that vary as real ones do.",
+    ),
+    "de_count_ratio": (
+        "number of changed genes",
+        "Genes found changed in predicted cells over those found in observed cells.",
+    ),
+    "relative_rmse": (
+        "error of single cells",
+        "Root mean squared difference of a predicted and an observed cell, relative to the size of expression. Cells "
+        "that vary as real ones do are punished for it: read it beside the spread of the cells.",
+    ),
+    "interaction_auroc": (
+        "finding interactions",
+        "Do predicted deviations from the sum of single shifts find the genes that deviate? 0.5 is chance.",
+    ),
 }
 
 
@@ -90,3 +153,11 @@ def loss(metric: str, values: Any, difference: bool = False) -> Any:
     if rising(metric):
         return -values
     return values if difference else comparable(metric, values)
+
+
+def best_value(metric: str) -> float:
+    """Return the best possible comparable value of a metric; infinite where there is none."""
+    if metric not in registry or rising(metric) is None:
+        return 0.0
+    low, high = registry[metric].range
+    return high if rising(metric) else low

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from pertvae.benchmark import _page
-from pertvae.benchmark._figures import HEADLINES, best_reference, figures, headline
+from pertvae.benchmark._figures import HEADLINES, figures, headline
 from pertvae.benchmark._intervals import CONFIDENCE, MIN_CONDITIONS
 from pertvae.benchmark._metrics import explain, plain_name, rising
 from pertvae.benchmark._prediction import records
+from pertvae.benchmark._strata import EFFECT_SIZE, NON_ADDITIVITY
+from pertvae.benchmark._tables import (
+    comparison_table,
+    fits_table,
+    main_metrics,
+    range_table,
+    scores_table,
+    settings_table,
+    strata_table,
+    verdict_table,
+)
 
 if TYPE_CHECKING:
     from pertvae.benchmark._result import BenchmarkResult
@@ -22,12 +36,6 @@ SCHEME_WORDS = {
     "unseen_combination": "combinations of perturbations that were never seen together",
     "unseen_perturbation": "perturbations that were never seen",
     "unseen_context": "perturbations in a cell type or context where they were never seen",
-}
-_KINDS = {
-    "model": "",
-    "reference": "reference",
-    "duplicate": "other half of the same cells",
-    "oracle": "truth of the simulation",
 }
 _CAPTIONS = {
     "scores": "Mean over held-out conditions, with its interval. Models stand beside the references, which use no "
@@ -39,12 +47,15 @@ _CAPTIONS = {
     "smallest and the largest error. On the line: predicted as observed.",
     "training": "Losses during training of the first fit. Validation cells are not trained on; both curves should "
     "fall and level off.",
+    "cells": "Held-out cells and predicted cells of the conditions with the largest effects, in one UMAP of principal "
+    "components that were fitted on training cells; grey: training controls. A method is right when its cells lie "
+    "where the observed ones do, and as widely.",
     "programs": "Programs of the first fit: which perturbation moves which program, and which genes a program moves.",
 }
 
 
-def write_report(result: BenchmarkResult, path: Path) -> Path:
-    """Write the page and return its path."""
+def write_report(result: BenchmarkResult, path: Path, drawn: Mapping[str, Figure] | None = None) -> Path:
+    """Write the page and return its path; figures are drawn unless they are given."""
     if path.is_dir() or not path.suffix:
         path = path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +71,7 @@ def write_report(result: BenchmarkResult, path: Path) -> Path:
             for r in records(failed)
         ]
         body.append(_page.table(["Method", "Fold", "Seed", "Error"], rows, texts=4))
-    drawn = figures(result)
+    drawn = figures(result) if drawn is None else drawn
     summary = result.largest.summary()
     if result.by_fraction:
         body.append(_page.paragraph(_fraction_words(result)))
@@ -71,28 +82,64 @@ def write_report(result: BenchmarkResult, path: Path) -> Path:
             body.append(_page.paragraph("Nothing could be scored."))
             continue
         body.append(_page.paragraph(_interval_words(here)))
-        body.append(_scores_table(here))
+        run = list(dict.fromkeys(here["metric"]))
+        body.append(verdict_table(result, scheme))
+        body.append(_page.heading("Scores", 3) + scores_table(here, main_metrics(run)))
         body += [_figure(n, f) for n, f in drawn.items() if n.startswith(f"scores_{scheme}")]
-        body += [_comparison(result, scheme)]
+        if set(run) - set(main_metrics(run)):
+            body.append(_page.details("All scores", [scores_table(here, run)]))
+        body += [comparison_table(result, scheme), strata_table(result, scheme), range_table(result, scheme)]
         rest = [n for n in drawn if f"_{scheme}" in n and not n.startswith("scores_")]
-        body += [_figure(n, drawn[n]) for n in rest]
+        body += [_figure(n, drawn[n]) for n in rest if not n.startswith("training_")]
+        curves = [_figure(n, drawn[n]) for n in rest if n.startswith("training_")]
+        if curves:
+            body.append(_page.details("Losses during training", curves))
     body.append(_page.heading("What the scores mean"))
     body.append(_page.definitions({plain_name(m): explain(m) for m in result.metrics}))
     body.append(_page.paragraph(_DUPLICATE_NOTE, "note"))
     if result.settings.get("ensemble"):
         body.append(_page.paragraph(_ENSEMBLE_NOTE, "note"))
     body.append(_page.heading("How it was run"))
-    body.append(_settings_table(result.settings))
-    body.append(_page.details("Time of each fit", [_fits_table(result.fits)]))
+    body.append(settings_table(result.settings))
+    body.append(_page.details("Time of each fit", [fits_table(result.fits)]))
     path.write_text(_page.page(title, body), encoding="utf-8")
     return path
+
+
+def write_files(result: BenchmarkResult, folder: Path) -> Path:
+    """Write tables, settings, figures and the page; return the path of the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    per_condition = [m for m in result.metrics if result.has_conditions(m)]
+    sizes = [result.largest.strata(m, by) for by in (EFFECT_SIZE, NON_ADDITIVITY) for m in per_condition[:1]]
+    tables = {
+        "table": result.table,
+        "summary": result.summary(),
+        "comparison": pd.concat([result.compare(m) for m in per_condition]) if per_condition else pd.DataFrame(),
+        "strata": pd.concat(sizes) if sizes and len(result.units) else pd.DataFrame(),
+        "dynamic_range": result.dynamic_range(),
+        "units": result.units,
+        "fits": result.fits,
+    }
+    for name, table in tables.items():
+        if len(table.columns):
+            table.to_csv(folder / f"{name}.csv", index=False)
+    result.splits.to_csv(folder / "splits.csv")
+    (folder / "settings.json").write_text(json.dumps(result.settings, indent=1, default=str) + "\n")
+    drawn = figures(result)
+    for name, figure in drawn.items():
+        target = folder / "figures"
+        target.mkdir(exist_ok=True)
+        figure.savefig(target / f"{name}.png", dpi=150, bbox_inches="tight")
+        figure.savefig(target / f"{name}.svg", bbox_inches="tight")
+    return write_report(result, folder / "report.html", drawn)
 
 
 _DUPLICATE_NOTE = (
     "'Other half of the same cells' splits the held-out cells of a condition at random and lets one half predict the "
     "other: what a repeat of the experiment would score. Its truth has half the cells, so a method that averages "
     "noise away can do better than it. 'Truth of the simulation' is the expected profile of the simulated screen: no "
-    "method can be expected to do better."
+    "method can be expected to do better. The interpolated duplicate takes from the half only what differs from the "
+    "mean of the training perturbations for sure, and that mean elsewhere."
 )
 
 _ENSEMBLE_NOTE = (
@@ -214,77 +261,5 @@ def _interval_words(summary: pd.DataFrame) -> str:
     return text
 
 
-def _scores_table(summary: pd.DataFrame) -> str:
-    run = list(dict.fromkeys(summary["metric"]))
-    metrics = [m for m in HEADLINES if m in run] + [m for m in run if m not in HEADLINES]
-    wide = summary.pivot_table(index="model", columns="metric", values=["value", "lower", "upper"], dropna=False)
-    kinds = summary.drop_duplicates("model").set_index("model")["kind"]
-    order = sorted(kinds.index, key=lambda m: list(_KINDS).index(kinds[m]))
-    rows = []
-    for model in order:
-        name: str | tuple[str, str] = (model, _KINDS[kinds[model]]) if _KINDS[kinds[model]] else model
-        cells: list[str | tuple[str, str]] = [name]
-        for metric in metrics:
-            value, lower, upper = (_lookup(wide, model, k, metric) for k in ("value", "lower", "upper"))
-            text = "\N{EN DASH}" if not np.isfinite(value) else f"{value:.3g}"
-            cells.append((text, f"{lower:.3g} to {upper:.3g}") if np.isfinite(lower) else text)
-        rows.append((str(kinds[model]), cells))
-    arrows = {True: "\N{UPWARDS ARROW}", False: "\N{DOWNWARDS ARROW}", None: "(best 1)"}
-    heads = ["Method", *(f"{plain_name(m)} {arrows[rising(m)]}" for m in metrics)]
-    note = _page.paragraph("\N{UPWARDS ARROW} higher is better, \N{DOWNWARDS ARROW} lower is better.", "soft")
-    return _page.table(heads, rows) + note
-
-
-def _lookup(wide: pd.DataFrame, model: str, what: str, metric: str) -> float:
-    return float(wide[what, metric].loc[model]) if (what, metric) in wide.columns else np.nan
-
-
-def _comparison(result: BenchmarkResult, scheme: str) -> str:
-    metric = headline(result)
-    if metric is None or not result.names("model"):
-        return ""
-    rows = result.compare(metric)
-    rows = rows[rows["scheme"] == scheme] if len(rows) else rows
-    if rows.empty:
-        return ""
-    cells = []
-    for r in records(rows):
-        interval = f"{r['lower']:+.3g} to {r['upper']:+.3g}" if np.isfinite(r["lower"]) else "\N{EN DASH}"
-        reference = (r["reference"], "best reference") if r["best_reference"] else r["reference"]
-        css = "model" if r["best_reference"] else ""
-        cells.append((css, [r["model"], reference, f"{r['difference']:+.3g}", interval, r["verdict"]]))
-    best = best_reference(result, scheme)
-    head = _page.heading(f"Model minus reference: {plain_name(metric)}", 3)
-    words = f"Paired by condition. The best reference is {best}." if best else "Paired by condition."
-    columns = ["Model", "Reference", "Difference", f"{CONFIDENCE:.0%} interval", "Verdict"]
-    return head + _page.paragraph(words, "soft") + _page.table(columns, cells, texts=2)
-
-
 def _figure(name: str, figure: Any) -> str:
     return _page.embedded(figure, _CAPTIONS[name.split("_", 1)[0]])
-
-
-def _settings_table(settings: dict[str, Any]) -> str:
-    rows = [("", [key.replace("_", " "), _value(value)]) for key, value in settings.items() if value not in (None, "")]
-    return _page.table([], rows, "settings")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{k}: {_value(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_value(v) for v in value) or "none"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _fits_table(fits: pd.DataFrame) -> str:
-    several = "train_fraction" in fits and fits["train_fraction"].nunique() > 1
-    rows = []
-    for r in records(fits):
-        seed = "" if r["seed"] < 0 else str(r["seed"])
-        fraction = [f"{r['train_fraction']:.0%}"] if several else []
-        times = [f"{r['fit_seconds']:.1f}", f"{r['predict_seconds']:.1f}"]
-        status = "read from the cache" if r["cached"] else r["status"]
-        rows.append(("", [r["model"], r["scheme"], *fraction, str(r["fold"]), seed, *times, status]))
-    columns = ["Method", "Scheme", *(["Combinations"] if several else []), "Fold", "Seed", "Fit (s)", "Predict (s)"]
-    return _page.table([*columns, "Status"], rows, texts=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,13 @@ from pertvae.benchmark._intervals import MIN_CONDITIONS, mean_interval
 from pertvae.benchmark._metrics import comparable, loss
 from pertvae.benchmark._prediction import Prediction
 from pertvae.benchmark._score import POOLED
+from pertvae.benchmark._strata import EFFECT_SIZE, NON_ADDITIVITY, between_controls, stratified
 
 HEADLINE = "l2_profile"
+_COMPARED = (
+    "scheme model reference best_reference metric model_value reference_value difference lower upper interval "
+    "n_conditions verdict"
+).split()
 Key = tuple[str, int, str, int]
 """Scheme, fold, method, seed (-1 for methods without one)."""
 
@@ -43,6 +47,15 @@ class BenchmarkResult:
         By (scheme, fold, model, seed): predicted shifts, losses, programs, seconds.
     truths
         By (scheme, fold): observed shifts, units x scoring genes, log1p CP10k.
+    units
+        One row a (scheme, fold, held-out condition): observed cells, ``effect_size`` and ``non_additivity`` (lengths of
+        the observed shift and of its distance from the sum of the components' training shifts, over the scored genes,
+        free of sampling noise on average).
+    splits
+        One column a scheme and fold, one row a cell: ``train`` or ``test``; missing where the cell is not used. What an
+        outside tool has to be trained on, for its predictions to join as ``external``.
+    clouds
+        By (scheme, fold): principal components of observed cells, training controls and held-out cells, for pictures.
     draws
         By metric: values with the held-out cells resampled, one row a (scheme, fold, model, seed, unit).
     by_fraction
@@ -55,6 +68,9 @@ class BenchmarkResult:
     settings: dict[str, Any]
     predictions: dict[Key, Prediction] = field(default_factory=dict, repr=False)
     truths: dict[tuple[str, int], pd.DataFrame] = field(default_factory=dict, repr=False)
+    units: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    splits: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    clouds: dict[tuple[str, int], pd.DataFrame] = field(default_factory=dict, repr=False)
     draws: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
     by_fraction: dict[float, BenchmarkResult] = field(default_factory=dict, repr=False)
 
@@ -211,7 +227,58 @@ class BenchmarkResult:
                             "verdict": _verdict(metric, i.lower, i.upper, i.n),
                         }
                     )
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=_COMPARED)
+
+    def strata(self, metric: str = HEADLINE, by: str = EFFECT_SIZE) -> pd.DataFrame:
+        """Return one metric by how large an effect is, or how far from additive.
+
+        Parameters
+        ----------
+        metric
+            Name of a metric that has a value for each condition.
+        by
+            ``"effect_size"`` or ``"non_additivity"``, a column of ``units``.
+
+        Returns
+        -------
+        DataFrame with the columns scheme, by, stratum (``small``, ``medium``, ``large``: thirds of the held-out
+        conditions, halves when there are fewer than nine), model, value, lower, upper, n_conditions, and the smallest
+        and largest size in the stratum. No rows for a scheme with fewer than six conditions that have the size.
+
+        Raises
+        ------
+        KeyError
+            If the metric was not run.
+        ValueError
+            If ``by`` is neither of the two.
+        """
+        if by not in (EFFECT_SIZE, NON_ADDITIVITY):
+            raise ValueError(f"by={by!r} is not a size.{hint(by, (EFFECT_SIZE, NON_ADDITIVITY))}")
+        parts = []
+        for scheme in self.schemes:
+            here = self.units[self.units["scheme"] == scheme]
+            sizes = here.groupby("unit")[by].mean()
+            parts.append(stratified(self.by_condition(metric, scheme), sizes).assign(scheme=scheme, by=by))
+        table = pd.concat(parts, ignore_index=True)
+        return table[["scheme", "by", *(c for c in table.columns if c not in ("scheme", "by"))]]
+
+    def dynamic_range(self) -> pd.DataFrame:
+        """Return every score between a negative and a positive control, and the room there is between these.
+
+        The negative control is :class:`~pertvae.reference.Mean`, the mean of the training perturbations, and for a new
+        context :class:`~pertvae.reference.NoChange`. The positive one is the interpolated duplicate, and for metrics of
+        cells the technical duplicate.
+
+        Returns
+        -------
+        DataFrame with the columns scheme, model, metric, value, negative, positive, ``normalised`` (0 as the negative
+        control, 1 as the positive one; a method that averages noise away can exceed 1), ``dynamic_range`` (how far the
+        positive control is on the way from the negative one to the best possible value: a metric with a small one tells
+        good from bad predictions badly; NaN where no value is the best). For metrics whose best value is 1 (``slope``)
+        values are distances from 1. Metrics without both controls are left out.
+        """
+        summary = self.largest.summary()
+        return pd.concat([between_controls(summary, scheme) for scheme in self.schemes], ignore_index=True)
 
     def text(self) -> str:
         """Return the verdict and the headline scores as plain text.
@@ -241,34 +308,22 @@ class BenchmarkResult:
         return write_report(self, Path(path))
 
     def save(self, path: str | Path) -> Path:
-        """Write ``table.csv``, ``summary.csv``, ``comparison.csv``, ``fits.csv``, ``settings.json``, figures, page.
+        """Write tables (CSV), settings, figures and the page.
 
         Parameters
         ----------
         path
-            Folder, made when it does not exist. Figures go to ``figures/`` as PNG and SVG.
+            Folder, made when it does not exist. It gets ``table.csv``, ``summary.csv``, ``comparison.csv``,
+            ``strata.csv``, ``dynamic_range.csv``, ``units.csv``, ``fits.csv``, ``splits.csv``, ``settings.json``, and
+            in ``figures/`` the figures as PNG and SVG.
 
         Returns
         -------
         The path of the page ``report.html``.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.table.to_csv(folder / "table.csv", index=False)
-        self.summary().to_csv(folder / "summary.csv", index=False)
-        compared = [self.compare(m) for m in self.metrics if self.has_conditions(m)]
-        if compared:
-            pd.concat(compared).to_csv(folder / "comparison.csv", index=False)
-        self.fits.to_csv(folder / "fits.csv", index=False)
-        (folder / "settings.json").write_text(json.dumps(self.settings, indent=1, default=str) + "\n")
-        from pertvae.benchmark._figures import figures
+        from pertvae.benchmark._report import write_files
 
-        for name, figure in figures(self).items():
-            target = folder / "figures"
-            target.mkdir(exist_ok=True)
-            figure.savefig(target / f"{name}.png", dpi=150, bbox_inches="tight")
-            figure.savefig(target / f"{name}.svg", bbox_inches="tight")
-        return self.report(folder / "report.html")
+        return write_files(self, Path(path))
 
     def trained(self, scheme: str) -> Iterator[tuple[Key, Prediction]]:
         """Yield the fits of a scheme that went well, in order of fold and seed.
@@ -318,23 +373,6 @@ class BenchmarkResult:
         if rows.empty:
             return None
         return rows.groupby(rows.index.get_level_values("unit").astype(str).to_numpy()).mean()
-
-
-def joined(by_fraction: dict[float, BenchmarkResult]) -> BenchmarkResult:
-    """Return the result of one fraction as it is, of several as one result."""
-    parts = list(by_fraction.values())
-    largest = by_fraction[max(by_fraction)]
-    if len(parts) == 1:
-        return largest
-    return BenchmarkResult(
-        pd.concat([p.table for p in parts], ignore_index=True),
-        pd.concat([p.fits for p in parts], ignore_index=True),
-        largest.settings,
-        largest.predictions,
-        largest.truths,
-        largest.draws,
-        by_fraction,
-    )
 
 
 def _verdict(metric: str, lower: float, upper: float, n: int) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from anndata import AnnData
 from tqdm.auto import tqdm
 
@@ -17,12 +19,15 @@ from pertvae.benchmark._arguments import (
     read_models,
     read_references,
     read_seeds,
+    registered_columns,
 )
+from pertvae.benchmark._duplicate import DUPLICATE, INTERPOLATED, ORACLE
+from pertvae.benchmark._external import read_external
 from pertvae.benchmark._fingerprint import fingerprint_data, versions
 from pertvae.benchmark._folds import DEFAULT_SEEN, make_folds
 from pertvae.benchmark._intervals import MIN_CONDITIONS
 from pertvae.benchmark._job import Job
-from pertvae.benchmark._result import BenchmarkResult, joined
+from pertvae.benchmark._result import BenchmarkResult
 from pertvae.datasets import read_truth
 from pertvae.metrics._registry import resolve
 
@@ -42,13 +47,14 @@ def run(
     batch_key: str | None = None,
     labels_key: str | None = None,
     sep: str | None = "+",
-    references: Sequence[Any] | None = None,
+    references: Sequence[Any] | Mapping[str, Any] | None = None,
     metrics: str | Sequence[str] | None = None,
     n_cells: int = 2000,
     model_kwargs: Mapping[str, Any] | None = None,
     train_kwargs: Mapping[str, Any] | None = None,
     setup_kwargs: Mapping[str, Any] | None = None,
     split_kwargs: Mapping[str, Any] | None = None,
+    external: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = True,
     title: str = "",
@@ -80,11 +86,12 @@ def run(
     ensemble
         Also score each model's fits of all seeds as one, as a further model ``"<name> ensemble"`` without a seed: the
         cells of a condition come from the fits in equal parts, see :func:`pertvae.predict_ensemble`. Nothing is
-        trained for it, unless single fits came from ``cache_dir``, which keeps scores and no models.
+        trained for it.
     n_folds
         Number of folds. By default combinations are left out in turn in at most four folds (``n_folds=1``: all at
         once), and the other schemes have one. Held-out combinations are those whose components all stand alone
-        in the data, unless ``split_kwargs`` has another ``seen``.
+        in the data, unless ``split_kwargs`` has another ``seen``. With ``split_kwargs={"held_out": [...]}`` its items
+        are held out in turn, in ``n_folds`` parts.
     train_fraction
         Fraction f of the training combinations that is used, or several for a curve of data efficiency (SAMS-VAE, arXiv
         2311.02794). Training combinations are shuffled by the seed of the split and the first int(f n) stay; the cells
@@ -100,7 +107,8 @@ def run(
     sep
         Separator of components; ``None`` when every label is one perturbation.
     references
-        Names or classes from :mod:`pertvae.reference`; by default all six.
+        Names or classes from :mod:`pertvae.reference`, by default all, or a mapping from names of your choice to
+        classes or functions that make one: ``{"AdditivePCA": functools.partial(pv.reference.Additive, space="pca")}``.
     metrics
         Names, see :func:`pertvae.metrics.list_metrics`; by default all that the data allow.
     n_cells
@@ -113,9 +121,16 @@ def run(
         cells of one label count as one condition.
     split_kwargs
         For :func:`pertvae.pp.split_perturbations`: ``seen``, ``held_out``, ``test_fraction``, ``seed``, ...
+    external
+        Predictions of outside tools: name to AnnData, or to the path of an h5ad file, in which ``{fold}`` stands for
+        the number of the fold. Predicted counts in ``X``, all genes of the screen, ``obs[perturbation_key]`` (and
+        ``obs[labels_key]``) with every held-out condition. Control cells in it are what its shifts are measured
+        against; without any the training controls are. They are scored like models. What they were trained on can not
+        be checked: train them on the cells that ``result.splits`` calls ``train``.
     cache_dir
-        Folder where every finished fit is kept, so that a run that was stopped resumes. Results of other data,
-        settings or code are not taken from it.
+        Folder where every finished fit is kept, so that a run that was stopped resumes: scores, and trained models in
+        ``models/``. Results of other data, settings or code are not taken from it; with other metrics trained models
+        are used again.
     progress
         Show a progress bar.
     title
@@ -171,6 +186,10 @@ def run(
         )
         for name in schemes
     }
+    joining = read_external(external, [*chosen, *fixed, DUPLICATE, INTERPOLATED, ORACLE])
+    for one in joining.values():
+        for fold in (f for of_scheme in folds.values() for f in of_scheme):
+            one.path(fold.index)
     recorded: dict[str, Any] = {
         "title": title,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -192,8 +211,10 @@ def run(
         "train_kwargs": dict(train_kwargs or {}),
         "setup_kwargs": dict(setup_kwargs or {}),
         "split_kwargs": dict(split_kwargs or {}),
+        "external": {name: one.words for name, one in joining.items()},
     }
     columns = [c for c in (perturbation_key, batch_key, labels_key) if c is not None]
+    columns += registered_columns(setup_kwargs or {}, adata.obs)
     recorded["data"] = {
         "n_cells": adata.n_obs,
         "n_genes": adata.n_vars,
@@ -214,6 +235,7 @@ def run(
             Path(cache_dir) if cache_dir else None,
             recorded["data"]["fingerprint"],
             ensemble,
+            joining,
         )
         for fraction in fractions
     }
@@ -228,4 +250,14 @@ def run(
         left = [*scorer.left_out, *(f"{u}: too few held-out cells" for u in scorer.fold.left_out)]
         if left:
             recorded["left_out"][f"{name}, fold {i}"] = left
-    return joined({fraction: job.result(recorded) for fraction, job in jobs.items()})
+    return _joined({fraction: job.result(recorded) for fraction, job in jobs.items()})
+
+
+def _joined(by_fraction: dict[float, BenchmarkResult]) -> BenchmarkResult:
+    """Return the result of one fraction as it is, of several as one result."""
+    parts = list(by_fraction.values())
+    largest = by_fraction[max(by_fraction)]
+    if len(parts) == 1:
+        return largest
+    tables, fits = (pd.concat([getattr(p, name) for p in parts], ignore_index=True) for name in ("table", "fits"))
+    return replace(largest, table=tables, fits=fits, by_fraction=by_fraction)

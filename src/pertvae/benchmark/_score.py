@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,12 +16,15 @@ from pertvae._labels import canonical_labels, is_control
 from pertvae._predictions import Block, predicted_shifts, prediction_anndata
 from pertvae.benchmark._folds import Fold, Unit
 from pertvae.datasets import Truth
-from pertvae.metrics import Metric, evaluate, registry, resample
+from pertvae.metrics import Metric, TrainingProfiles, registry, training_profiles
+from pertvae.metrics._evaluate import evaluate_with_draws
+
+if TYPE_CHECKING:
+    from pertvae.benchmark._cloud import Cloud
 
 POOLED = "pooled"
 MIN_DETECTED = 0.02
 MAX_GENES = 1000
-N_HALVES = 3
 N_RESAMPLES = 200
 _COLUMNS = ["unit", "metric", "value", "lower", "upper"]
 
@@ -86,10 +89,13 @@ class Scorer:
         self.contexts = contexts.str.strip().to_numpy()
         train = np.flatnonzero(self.fold.common_rows())
         self.genes = scoring_genes(self.adata.X, train)
-        self.centers = self._centers(train)
+        self.training = self._training(train)
         self.observed = {c: self._observed(c) for c in self.fold.contexts}
-        with_controls = all(self.control_rows(c, "test").size > 1 for c in self.fold.contexts)
-        lacking = {} if with_controls else {"deltas": "no control cells are held out"}
+        lacking = {}
+        if not all(self.control_rows(c, "test").size > 1 for c in self.fold.contexts):
+            lacking = dict.fromkeys(("deltas", "controls"), "no control cells are held out")
+        if any(t.additive is None for t in self.training.values()):
+            lacking["additive"] = "no held-out combination has all its components as singles in training"
         self.usable, self.left_out = [], []
         for metric in self.metrics:
             why = [lacking[n] for n in metric.needs if n in lacking]
@@ -100,9 +106,12 @@ class Scorer:
             else:
                 self.usable.append(metric.name)
         self.truth = self._truth()
+        self.table = pd.DataFrame()
+        self.cloud: Cloud | None = None
 
     def release(self) -> None:
         """Forget the cells, once everything is scored: what is left says what was scored."""
+        self.cloud = None
         del self.adata, self.observed
 
     @property
@@ -120,32 +129,32 @@ class Scorer:
 
     def n_observed(self, unit: Unit) -> int:
         """Return the number of held-out cells of a unit."""
-        return len(self._cells(unit))
+        return len(self.cells(unit))
 
-    def score(self, predicted: Mapping[str, AnnData], metrics: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return scores (unit, metric, value, lower, upper) of one prediction a context."""
+    def score(
+        self, predicted: Mapping[str, AnnData], metrics: Sequence[str] | None = None
+    ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+        """Score one prediction a context.
+
+        Returns
+        -------
+        Scores (unit, metric, value, lower, upper), and by metric those with the held-out cells resampled, units x
+        draws; without any where draws are not kept.
+        """
         names = [m for m in self.usable if metrics is None or m in metrics]
-        tables = [
-            self._named(evaluate(p, self.observed[c], **self._arguments(c), metrics=names, n_resamples=N_RESAMPLES), c)
-            for c, p in predicted.items()
-        ]
-        return _joined(tables)
-
-    def draws(self, predicted: Mapping[str, AnnData], metrics: Sequence[str] | None = None) -> dict[str, pd.DataFrame]:
-        """Return by metric the scores with the held-out cells resampled, units x draws; empty unless they are kept."""
-        names = [m for m in self.usable if (metrics is None or m in metrics) and registry[m].level == "condition"]
-        if not self.keep_draws or not names:
-            return {}
-        tables = []
+        tables, drawn = [], []
         for c, p in predicted.items():
-            drawn = resample(p, self.observed[c], **self._arguments(c), metrics=names, n_resamples=N_RESAMPLES)
-            drawn = drawn[drawn["level"] == "condition"]
-            tables.append(drawn.assign(unit=[_unit_name(label, c) for label in drawn["condition"]]))
-        joined = pd.concat(tables)
-        return {
-            str(metric): rows.pivot(index="unit", columns="resample", values="value")
-            for metric, rows in joined.groupby("metric")
-        }
+            table, draws = evaluate_with_draws(
+                p, self.observed[c], **self.arguments(c), metrics=names, n_resamples=N_RESAMPLES
+            )
+            tables.append(self.named(table, c))
+            draws = draws[draws["level"] == "condition"]
+            drawn.append(draws.assign(unit=[_unit_name(label, c) for label in draws["condition"]]))
+        if not self.keep_draws:
+            return self.joined(tables), {}
+        found = pd.concat(drawn).groupby("metric")
+        wide = {str(m): rows.pivot(index="unit", columns="resample", values="value") for m, rows in found}
+        return self.joined(tables), wide
 
     def shifts(self, predicted: Mapping[str, AnnData]) -> pd.DataFrame:
         """Return predicted shifts of the scored genes, units x genes."""
@@ -156,54 +165,86 @@ class Scorer:
             parts.append(table.set_axis([_unit_name(label, context) for label in labels], axis=0)[self.gene_names])
         return pd.concat(parts)
 
-    def duplicate(self) -> pd.DataFrame:
-        """Score one random half of the held-out cells against the other, mean over a few divisions."""
-        tables = []
-        for i in range(N_HALVES):
-            for context, observed in self.observed.items():
-                first, second = self._halves(observed, seed=i)
-                arguments = self._arguments(context)
-                tables.append(self._named(evaluate(first, second, **arguments, metrics=self.usable), context))
-        joined = _joined(tables)
-        return joined.groupby(["unit", "metric"], sort=False, as_index=False)[["value", "lower", "upper"]].mean()
-
     def oracle(self, truth: Truth) -> tuple[dict[str, AnnData], list[str]]:
         """Return the expected profiles of a simulated screen as a prediction, and the metrics it can be scored on."""
         genes = self.adata.var_names
         labels = [u.label for u in self.fold.units]
         known = {str(c): c for c in truth.shifts.index}
         shifts = truth.shifts.loc[[known[label] for label in labels]].set_axis(labels, axis=0)[list(genes)]
-        empty = sp.csr_matrix((1, len(genes)), dtype=np.float32)
-        blocks = [Block(label, empty, pd.DataFrame(index=["truth"])) for label in labels]
-        controls = Block(self.control[0], empty[:0], pd.DataFrame(index=pd.Index([], dtype=object)))
-        provenance = {"model": "oracle", "control_profile": truth.control_profile.loc[genes].to_numpy(dtype=float)}
-        var = pd.DataFrame(index=genes)
-        made = prediction_anndata(blocks, controls, var, self.perturbation_key, shifts, "oracle", provenance)
-        return {"": made}, [m for m in self.usable if "cells" not in registry[m].needs]
+        made = self.as_prediction(shifts, truth.control_profile.loc[genes].to_numpy(dtype=float), "oracle")
+        return {"": made}, [m for m in self.usable if not registry[m].needs & {"cells", "controls"}]
 
-    def _arguments(self, context: str) -> dict[str, Any]:
+    def as_prediction(self, shifts: pd.DataFrame, control_profile: np.ndarray, name: str) -> AnnData:
+        """Return exact shifts (labels x all genes) and a control profile as a prediction without real cells."""
+        empty = sp.csr_matrix((1, shifts.shape[1]), dtype=np.float32)
+        blocks = [Block(str(label), empty, pd.DataFrame(index=[name])) for label in shifts.index]
+        controls = Block(self.control[0], empty[:0], pd.DataFrame(index=pd.Index([], dtype=object)))
+        provenance = {"model": name, "control_profile": control_profile}
+        var = pd.DataFrame(index=shifts.columns)
+        return prediction_anndata(blocks, controls, var, self.perturbation_key, shifts, "exact", provenance)
+
+    def arguments(self, context: str) -> dict[str, Any]:
+        """Return the arguments of ``evaluate`` in a context."""
         return {
             "perturbation_key": self.perturbation_key,
             "control": list(self.control),
             "sep": self.sep,
             "genes": self.genes,
-            "train": self.centers[context],
+            "train": self.training[context],
         }
 
-    def _named(self, table: pd.DataFrame, context: str) -> pd.DataFrame:
+    def named(self, table: pd.DataFrame, context: str) -> pd.DataFrame:
+        """Return scores with the names of units; pooled rows only of metrics that take all conditions at once."""
         pooled = table["level"] == POOLED
         keep = ~pooled | table["metric"].map(lambda m: registry[m].level == POOLED)
         unit = [POOLED if p else _unit_name(c, context) for c, p in zip(table["condition"], pooled, strict=True)]
         return table.assign(unit=unit)[keep]
 
-    def _cells(self, unit: Unit) -> np.ndarray:
+    @staticmethod
+    def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+        """Join tables; a metric over all conditions is averaged over contexts."""
+        joined = pd.concat(tables, ignore_index=True).reindex(columns=_COLUMNS)
+        pooled = joined["unit"] == POOLED
+        if pooled.any():
+            means = (
+                joined[pooled]
+                .groupby(["unit", "metric"], sort=False, as_index=False)[["value", "lower", "upper"]]
+                .mean()
+            )
+            joined = pd.concat([joined[~pooled], means], ignore_index=True)
+        return joined
+
+    def canonical(self, labels: pd.Series) -> np.ndarray:
+        """Return canonical labels as text."""
+        return canonical_labels(labels, self.control, self.sep).astype(str).to_numpy()
+
+    def cells(self, unit: Unit) -> np.ndarray:
+        """Return the held-out cells of a unit."""
         chosen = (self.labels == unit.label).to_numpy() & self.fold.rows("test") & (self.contexts == unit.context)
         return np.flatnonzero(chosen)
 
     def _observed(self, context: str) -> AnnData:
-        rows = np.concatenate([*(self._cells(u) for u in self.units(context)), self.control_rows(context, "test")])
+        rows = np.concatenate([*(self.cells(u) for u in self.units(context)), self.control_rows(context, "test")])
         obs = self.adata.obs[[self.perturbation_key]].iloc[rows]
         return AnnData(X=self.adata.X[rows], obs=obs.astype(str), var=pd.DataFrame(index=self.adata.var_names))
+
+    def _training(self, train: np.ndarray) -> dict[str, TrainingProfiles]:
+        """Return in each context what metrics need of the training cells.
+
+        Sums of single shifts are for screens without contexts: in a new context there are none.
+        """
+        centers = self._centers(train)
+        if list(centers) != [""]:
+            return {c: TrainingProfiles(center) for c, center in centers.items()}
+        cells = AnnData(
+            X=self.adata.X[train],
+            obs=self.adata.obs[[self.perturbation_key]].iloc[train],
+            var=pd.DataFrame(index=self.adata.var_names),
+        )
+        found = training_profiles(
+            cells, self.perturbation_key, self.control, combinations=[u.label for u in self.fold.units], sep=self.sep
+        )
+        return {"": replace(found, center=centers[""])}
 
     def _centers(self, train: np.ndarray) -> dict[str, pd.Series]:
         """Return in each context the mean profile of the training perturbed conditions.
@@ -238,32 +279,10 @@ class Scorer:
             controls = self.control_rows(unit.context, "test")
             if not len(controls):
                 controls = self.control_rows(unit.context, "train")
-            shift = mean_profile(self.adata.X, self._cells(unit)) - mean_profile(self.adata.X, controls)
+            shift = mean_profile(self.adata.X, self.cells(unit)) - mean_profile(self.adata.X, controls)
             rows.append(shift[self.genes])
         return pd.DataFrame(np.stack(rows), index=[u.name for u in self.fold.units], columns=self.gene_names)
-
-    def _halves(self, observed: AnnData, seed: int) -> tuple[AnnData, AnnData]:
-        rng = np.random.default_rng([seed, 7])
-        codes = pd.Categorical(canonical_labels(observed.obs[self.perturbation_key], self.control, self.sep)).codes
-        order = rng.permutation(observed.n_obs)
-        order = order[np.argsort(codes[order], kind="stable")]
-        place = np.arange(observed.n_obs) - np.searchsorted(codes[order], codes[order])
-        first = np.zeros(observed.n_obs, dtype=bool)
-        first[order[place % 2 == 0]] = True
-        return observed[first].copy(), observed[~first].copy()
 
 
 def _unit_name(label: str, context: str) -> str:
     return Unit(label, context, "").name
-
-
-def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Join tables; a metric over all conditions is averaged over contexts."""
-    joined = pd.concat(tables, ignore_index=True).reindex(columns=_COLUMNS)
-    pooled = joined["unit"] == POOLED
-    if pooled.any():
-        means = (
-            joined[pooled].groupby(["unit", "metric"], sort=False, as_index=False)[["value", "lower", "upper"]].mean()
-        )
-        joined = pd.concat([joined[~pooled], means], ignore_index=True)
-    return joined

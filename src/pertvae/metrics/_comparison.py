@@ -68,6 +68,13 @@ class Comparison:
         Weight of each of the ``observed_cells`` in a resampling; ``None`` when every cell counts once.
     cache
         For what a metric wants to keep between the resamplings of one comparison.
+    predicted_controls, observed_controls
+        Control cells of each side (CSR, cells x genes), at most ``max_cells`` of each, drawn without replacement; of a
+        prediction its source cells. ``None`` when the side has none or no metric needs them. They are the same in
+        every resampling.
+    additive
+        Sums of the training shifts of the components, conditions x genes, once from each of two disjoint halves of
+        the training cells; NaN rows where unknown, ``None`` when no metric needs them.
     """
 
     conditions: tuple[str, ...]
@@ -81,6 +88,9 @@ class Comparison:
     observed_cells: list[sp.csr_matrix]
     observed_weights: list[np.ndarray] | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
+    predicted_controls: sp.csr_matrix | None = None
+    observed_controls: sp.csr_matrix | None = None
+    additive: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def deltas(self) -> tuple[np.ndarray, np.ndarray]:

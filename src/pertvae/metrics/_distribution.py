@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -73,10 +74,74 @@ def weighted_within(distances: np.ndarray, weights: np.ndarray, unbiased: bool) 
     return total / pairs if pairs > 0 else float("nan")
 
 
-def _distances(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return Euclidean distances between, within x and within y."""
+def _distances(x: Any, y: Any, *, squared: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return Euclidean distances between, within x and within y, or their squares."""
     x, y = (np.asarray(a.toarray() if sp.issparse(a) else a, dtype=np.float64) for a in (x, y))
-    return euclidean_distances(x, y), euclidean_distances(x), euclidean_distances(y)
+    between = euclidean_distances(x, y, squared=squared)
+    return between, euclidean_distances(x, squared=squared), euclidean_distances(y, squared=squared)
+
+
+class _Means(NamedTuple):
+    """What is left of a matrix of all pairs of cells when only the weights of the observed cells may change.
+
+    Parameters
+    ----------
+    between
+        Mean over predicted cells for each observed cell.
+    predicted
+        Mean over pairs of distinct predicted cells.
+    observed
+        The value of each pair of observed cells, zero for a cell with itself.
+    """
+
+    between: np.ndarray
+    predicted: float
+    observed: np.ndarray
+
+    def contrast(self, weights: np.ndarray | None) -> float:
+        """Return twice the mean between minus the means within the two sides, observed cells weighted."""
+        w = np.ones(len(self.observed)) if weights is None else weights
+        if not w.sum():
+            return float("nan")
+        within = self.predicted + weighted_within(self.observed, w, True)
+        return 2 * float(self.between @ w) / float(w.sum()) - within
+
+
+def _means(between: np.ndarray, predicted: np.ndarray, observed: np.ndarray) -> _Means:
+    return _Means(between.mean(axis=0), weighted_within(predicted, np.ones(len(predicted)), True), observed)
+
+
+def _kernel(squared: np.ndarray, gamma: float, *, within: bool) -> np.ndarray:
+    """Return the radial kernel of squared distances; within a sample a cell and itself are no pair."""
+    kernel = np.exp(-gamma * squared)
+    if within:
+        np.fill_diagonal(kernel, 0.0)
+    return kernel
+
+
+def _pairs(comparison: Comparison) -> list[tuple[_Means, _Means]]:
+    """Return of each condition the means of distances and those of the kernel, from one matrix of distances.
+
+    A resampling only changes weights: this is computed once.
+    """
+    if "pairs of cells" not in comparison.cache:
+        found = []
+        for x, y in zip(comparison.predicted_cells, comparison.observed_cells, strict=True):
+            between, predicted, observed = _distances(x, y, squared=True)
+            distances = _means(*(np.sqrt(d) for d in (between, predicted, observed)))
+            others = observed[~np.eye(len(observed), dtype=bool)]
+            width = float(np.median(others)) if len(others) else 0.0
+            gamma = 0.5 / width if width > 0 else float("nan")
+            kernels = (_kernel(d, gamma, within=d is not between) for d in (between, predicted, observed))
+            found.append((distances, _means(*kernels)))
+        comparison.cache["pairs of cells"] = found
+    return comparison.cache["pairs of cells"]
+
+
+def _weights(comparison: Comparison) -> Sequence[np.ndarray | None]:
+    """Return the weights of the observed cells of each condition."""
+    weights = comparison.observed_weights
+    return [None] * len(comparison.conditions) if weights is None else weights
 
 
 @register(
@@ -88,19 +153,24 @@ def _distances(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 )
 def _energy_distance(comparison: Comparison) -> np.ndarray:
     """Energy distance of predicted and observed cells in log1p CP10k, unbiased; 0 for equal distributions."""
-    if "energy_distance" not in comparison.cache:
-        pairs = zip(comparison.predicted_cells, comparison.observed_cells, strict=True)
-        # a resampling only changes weights: distances are computed once, and those within predictions averaged
-        parts = [_distances(x, y) for x, y in pairs]
-        comparison.cache["energy_distance"] = [
-            (between.mean(axis=0), weighted_within(within_x, np.ones(len(within_x)), True), within_y)
-            for between, within_x, within_y in parts
-        ]
-    values = []
-    for i, (between, predicted, observed) in enumerate(comparison.cache["energy_distance"]):
-        w = np.ones(len(observed)) if comparison.observed_weights is None else comparison.observed_weights[i]
-        if not w.sum():
-            values.append(np.nan)
-            continue
-        values.append(2 * float(between @ w) / w.sum() - predicted - weighted_within(observed, w, True))
-    return np.array(values)
+    each = zip(_pairs(comparison), _weights(comparison), strict=True)
+    return np.array([distances.contrast(w) for (distances, _), w in each])
+
+
+@register(
+    "mmd2",
+    direction="lower",
+    range=(-2.0, 2.0),
+    source="Gretton et al. 2012, JMLR 13",
+    needs=("cells",),
+)
+def mmd2(comparison: Comparison) -> np.ndarray:
+    """Squared maximum mean discrepancy of predicted and observed cells, unbiased; 0 for equal distributions.
+
+    One radial kernel exp(-gamma d^2) a condition, gamma = 1 / (2 m) with m the median squared distance of two distinct
+    observed cells of that condition: every prediction meets the same kernel, also in resamplings. Means within a side
+    go over pairs of distinct cells, so the estimate may be slightly negative. NaN with a single cell on a side, or
+    where more than half of the pairs of observed cells are equal.
+    """
+    each = zip(_pairs(comparison), _weights(comparison), strict=True)
+    return np.array([-kernel.contrast(w) for (_, kernel), w in each])

@@ -13,6 +13,7 @@ import pandas as pd
 from pertvae.metrics._comparison import Comparison
 from pertvae.metrics._pairing import build
 from pertvae.metrics._registry import Metric, resolve
+from pertvae.metrics._training import TrainingProfiles
 
 POOLED = "pooled"
 
@@ -24,7 +25,7 @@ def evaluate(
     control: str | Sequence[str],
     *,
     metrics: str | Sequence[str] | None = None,
-    train: ad.AnnData | pd.Series | None = None,
+    train: ad.AnnData | pd.Series | TrainingProfiles | None = None,
     conditions: Sequence[str] | None = None,
     genes: Any = None,
     sep: str | None = "+",
@@ -57,8 +58,9 @@ def evaluate(
         that the data allow; a warning names those left out and why. A metric asked for by name and not possible
         raises; nothing is put in the place of what is missing.
     train
-        For ``pearson_delta_perturbed``: the training cells (the mean over their perturbed conditions of mean profiles
-        is taken, each condition counting once), or that profile as a Series with genes as index.
+        For ``pearson_delta_perturbed`` and ``interaction_auroc``: the training cells, or what
+        :func:`pertvae.metrics.training_profiles` made of them, or for the first only a Series with genes as index (the
+        mean over training perturbed conditions of their mean profiles, each condition counting once).
     conditions
         Conditions to score; ``None`` for all predicted ones that were observed.
     genes
@@ -68,10 +70,12 @@ def evaluate(
     layer
         Layer of the counts in ``observed`` and ``train``; ``None`` for ``X``. ``predicted`` is read from ``X``.
     max_cells
-        Cells a condition and side that distances between cells use, drawn without replacement; means use all cells.
+        Cells a condition and side, and control cells a side, that metrics of single cells use, drawn without
+        replacement; means use all cells.
     n_resamples
         When above 0, observed cells (controls too) are drawn with replacement this many times within each condition,
-        and ``lower`` and ``upper`` say how far the scores move with them.
+        and ``lower`` and ``upper`` say how far the scores move with them; NaN for the metrics that are too slow for
+        that (``resampled`` in :func:`pertvae.metrics.list_metrics`).
     level
         Coverage of that interval.
     seed
@@ -102,7 +106,47 @@ def evaluate(
     >>> first, second = adata[::2], adata[1::2]
     >>> table = pv.metrics.evaluate(first, second, "perturbation", "control", metrics="l2_profile")
     """
-    names = resolve(metrics)
+    return evaluate_with_draws(
+        predicted,
+        observed,
+        perturbation_key,
+        control,
+        metrics=metrics,
+        train=train,
+        conditions=conditions,
+        genes=genes,
+        sep=sep,
+        layer=layer,
+        max_cells=max_cells,
+        n_resamples=n_resamples,
+        level=level,
+        seed=seed,
+    )[0]
+
+
+def evaluate_with_draws(
+    predicted: ad.AnnData,
+    observed: ad.AnnData,
+    perturbation_key: str,
+    control: str | Sequence[str],
+    *,
+    metrics: str | Sequence[str] | None,
+    without: Sequence[str] = (),
+    train: ad.AnnData | pd.Series | TrainingProfiles | None,
+    conditions: Sequence[str] | None = None,
+    genes: Any = None,
+    sep: str | None = "+",
+    layer: str | None = None,
+    max_cells: int = 500,
+    n_resamples: int = 0,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return what :func:`evaluate` returns, and the draws behind its intervals as :func:`resample` returns them.
+
+    Metrics named in ``without`` are left out without a word.
+    """
+    names = [m for m in resolve(metrics) if m.name not in without]
     _check_numbers(max_cells=max_cells, n_resamples=n_resamples, level=level, seed=seed)
     pair, kept = build(
         predicted,
@@ -119,14 +163,19 @@ def evaluate(
         max_cells=max_cells,
         seed=seed,
     )
-    table = _rows(kept, pair.comparison)
+    table = _rows(kept, pair.comparison.conditions).assign(value=_values(kept, pair.comparison))
     for column, cells in (("n_predicted", pair.n_predicted), ("n_observed", pair.n_observed)):
         each = table["condition"].map(dict(zip(pair.comparison.conditions, cells, strict=True)))
         table[column] = each.where(table["level"] == "condition", cells.sum()).astype(int)
     if n_resamples:
-        draws = np.stack([_rows(kept, c)["value"].to_numpy() for c in pair.resampled(n_resamples, seed)])
-        table["lower"], table["upper"] = _around(table, draws, kept, level)
-    return table
+        again = [m for m in kept if m.resampled]
+        drawn = table["metric"].isin([m.name for m in again])
+        table["lower"] = table["upper"] = np.nan
+        if again:
+            draws = np.stack([_values(again, c) for c in pair.resampled(n_resamples, seed)])
+            table.loc[drawn, ["lower", "upper"]] = np.stack(_around(table[drawn], draws, again, level), axis=1)
+            return table, _long(again, pair.comparison.conditions, draws)
+    return table, pd.DataFrame(columns=["resample", "metric", "condition", "level", "value"])
 
 
 def resample(
@@ -137,7 +186,7 @@ def resample(
     control: str | Sequence[str],
     n_resamples: int = 200,
     metrics: str | Sequence[str] | None = None,
-    train: ad.AnnData | pd.Series | None = None,
+    train: ad.AnnData | pd.Series | TrainingProfiles | None = None,
     conditions: Sequence[str] | None = None,
     genes: Any = None,
     sep: str | None = "+",
@@ -156,6 +205,7 @@ def resample(
     ----------
     predicted, observed, perturbation_key, control, metrics, train, conditions, genes, sep, layer, max_cells, seed
         As in :func:`pertvae.metrics.evaluate`.
+        Metrics that are too slow for it (``resampled`` in :func:`pertvae.metrics.list_metrics`) are left out.
     n_resamples
         Number of draws.
 
@@ -167,51 +217,61 @@ def resample(
     Raises
     ------
     ValueError
-        As :func:`pertvae.metrics.evaluate`, and if ``n_resamples`` is below 1.
+        As :func:`pertvae.metrics.evaluate`, if ``n_resamples`` is below 1, and if a metric asked for by name is too
+        slow to be computed again for each draw.
     KeyError
         As :func:`pertvae.metrics.evaluate`.
     """
-    names = resolve(metrics)
-    _check_numbers(max_cells=max_cells, n_resamples=n_resamples, level=0.5, seed=seed)
     if n_resamples < 1:
         raise ValueError(f"n_resamples={n_resamples} must be at least 1.")
-    pair, kept = build(
+    slow = [m.name for m in resolve(metrics) if not m.resampled]
+    if slow and metrics is not None:
+        raise ValueError(
+            f"The metric {slow[0]!r} is too slow to be computed for every resampling: leave it out of metrics, or "
+            "score it once with evaluate. list_metrics()['resampled'] says which can be resampled."
+        )
+    return evaluate_with_draws(
         predicted,
         observed,
-        perturbation_key=perturbation_key,
-        control=control,
-        metrics=names,
-        explicit=metrics is not None,
+        perturbation_key,
+        control,
+        metrics=metrics,
+        without=slow,
+        train=train,
         conditions=conditions,
         genes=genes,
         sep=sep,
         layer=layer,
-        train=train,
         max_cells=max_cells,
+        n_resamples=n_resamples,
         seed=seed,
-    )
-    tables = [_rows(kept, c).assign(resample=i) for i, c in enumerate(pair.resampled(n_resamples, seed))]
-    return pd.concat(tables, ignore_index=True)[["resample", "metric", "condition", "level", "value"]]
+    )[1]
 
 
-def _rows(metrics: Sequence[Metric], comparison: Comparison) -> pd.DataFrame:
-    """Return the tidy scores of one comparison."""
-    parts = []
+def _long(metrics: Sequence[Metric], conditions: Sequence[str], draws: np.ndarray) -> pd.DataFrame:
+    """Return draws x scores as one row a draw and score."""
+    table = pd.concat([_rows(metrics, conditions)] * len(draws), ignore_index=True)
+    table.insert(0, "resample", np.repeat(np.arange(len(draws)), len(table) // len(draws)))
+    return table.assign(value=draws.ravel())
+
+
+def _rows(metrics: Sequence[Metric], conditions: Sequence[str]) -> pd.DataFrame:
+    """Return what each value of :func:`_values` belongs to."""
+    places = [(c, "condition") for c in conditions]
+    rows = [(m.name, *p) for m in metrics for p in [*(places if m.level == "condition" else []), (POOLED, POOLED)]]
+    return pd.DataFrame(rows, columns=["metric", "condition", "level"])
+
+
+def _values(metrics: Sequence[Metric], comparison: Comparison) -> np.ndarray:
+    """Return the scores of one comparison: those of each condition, then the pooled one, metric after metric."""
+    values: list[np.ndarray] = [np.empty(0)]
     for metric in metrics:
         found = np.asarray(metric.function(comparison), dtype=np.float64)
         expected = (len(comparison.conditions),) if metric.level == "condition" else ()
         if found.shape != expected:
             raise ValueError(f"The metric {metric.name!r} returned shape {found.shape}, expected {expected}.")
-        if metric.level == "condition":
-            where, values = [*comparison.conditions, POOLED], [*found, _mean(found)]
-        else:
-            where, values = [POOLED], [float(found)]
-        levels = ["condition"] * (len(where) - 1) + [POOLED]
-        part = pd.DataFrame({"metric": metric.name, "condition": where, "level": levels, "value": values})
-        parts.append(part)
-    if not parts:
-        return pd.DataFrame({"metric": [], "condition": [], "level": [], "value": []})
-    return pd.concat(parts, ignore_index=True)
+        values.append(np.append(found, _mean(found)) if found.shape else found[None])
+    return np.concatenate(values)
 
 
 def _mean(values: np.ndarray) -> float:

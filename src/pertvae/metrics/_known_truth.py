@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from pertvae._labels import hint
+
+
+def match_rows(values: Any, truth: Any, name: str, truth_name: str) -> tuple[Any, Any]:
+    """Return both, of two tables with the rows of ``values`` in the order of those of ``truth``, by name."""
+    if not (isinstance(values, pd.DataFrame) and isinstance(truth, (pd.DataFrame, pd.Series))):
+        return values, truth
+    missing = [row for row in truth.index if row not in values.index]
+    if missing:
+        raise KeyError(f"{name} has no row {missing[0]!r} ({len(missing)} missing).{hint(missing[0], values.index)}")
+    for table, what in ((values, name), (truth, truth_name)):
+        if not table.index.is_unique:
+            raise ValueError(f"{what} has rows with the same name: {table.index[table.index.duplicated()][0]!r}.")
+    return values.loc[truth.index], truth
 
 
 @dataclass(frozen=True)
@@ -62,13 +76,9 @@ def mask_f1(mask: pd.DataFrame | np.ndarray, truth: pd.DataFrame | np.ndarray, *
     KeyError
         If a perturbation of the truth has no row in the mask.
     ValueError
-        If the numbers of rows differ, or values are missing.
+        If the numbers of rows differ, names of rows repeat, or values are missing.
     """
-    if isinstance(mask, pd.DataFrame) and isinstance(truth, pd.DataFrame):
-        missing = [row for row in truth.index if row not in mask.index]
-        if missing:
-            raise KeyError(f"mask has no row {missing[0]!r} ({len(missing)} missing).{hint(missing[0], mask.index)}")
-        mask = mask.loc[truth.index]
+    mask, truth = match_rows(mask, truth, "mask", "truth")
     values, true = np.asarray(mask, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if values.ndim != 2 or true.ndim != 2 or len(values) != len(true):
         raise ValueError(f"mask has shape {values.shape}, truth {true.shape}: both need one row a perturbation.")

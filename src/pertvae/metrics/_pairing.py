@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import anndata as ad
@@ -13,119 +12,15 @@ import pandas as pd
 import scipy.sparse as sp
 
 from pertvae._constants import UNS_PROVENANCE_KEY
-from pertvae._expression import group_profiles, log1p_cp10k, row_blocks
-from pertvae._labels import LabelFormat, canonical_labels, hint, require_column
+from pertvae._labels import LabelFormat, hint
 from pertvae._predictions import predicted_shifts
 from pertvae.metrics._comparison import Comparison, Pair, Side, stream
 from pertvae.metrics._distribution import subsample
+from pertvae.metrics._labelled import Labelled, same_genes
 from pertvae.metrics._registry import NEEDS, Metric
+from pertvae.metrics._training import Training
 
 ALL_GENES = "pass the prediction with all its genes and choose with genes=..."
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """An AnnData with the canonical label of each cell.
-
-    Parameters
-    ----------
-    adata
-        The cells.
-    name
-        What messages call it: ``"predicted"``, ``"observed"`` or ``"train"``.
-    labels
-        Canonical label of each cell.
-    format
-        How labels are written.
-    layer
-        Layer of the counts; ``None`` for X.
-    """
-
-    adata: ad.AnnData
-    name: str
-    labels: np.ndarray
-    format: LabelFormat
-    layer: str | None = None
-
-    @classmethod
-    def create(
-        cls, adata: ad.AnnData, name: str, perturbation_key: str, format: LabelFormat, layer: str | None = None
-    ) -> Labelled:
-        """Check the label column and the layer, and parse the labels."""
-        require_column(adata.obs, perturbation_key, f"{name}.obs", "perturbation_key")
-        if layer is not None and layer not in adata.layers:
-            raise KeyError(f"layer={layer!r} is not a layer of {name}.{hint(layer, adata.layers.keys())}")
-        labels = canonical_labels(adata.obs[perturbation_key], format.control, format.sep)
-        return cls(adata, name, labels.astype(str).to_numpy(), format, layer)
-
-    @property
-    def counts(self) -> Any:
-        """Return the matrix of counts."""
-        return self.adata.X if self.layer is None else self.adata.layers[self.layer]
-
-    @property
-    def generated(self) -> np.ndarray:
-        """Return which cells may stand for a condition: all, or in a prediction the generated ones."""
-        column = self.adata.obs.get("generated")
-        return np.ones(self.adata.n_obs, dtype=bool) if column is None else column.to_numpy().astype(bool)
-
-    @property
-    def control_rows(self) -> np.ndarray:
-        """Return the control cells: in a prediction the source cells, or generated controls where there are none."""
-        control = self.labels == self.format.control[0]
-        source = control & ~self.generated
-        return np.flatnonzero(source if source.any() else control)
-
-    @property
-    def condition_labels(self) -> list[str]:
-        """Return the conditions that have cells, in order of appearance."""
-        rows = self.generated & (self.labels != self.format.control[0])
-        return list(pd.unique(self.labels[rows]))
-
-    def rows(self, condition: str) -> np.ndarray:
-        """Return the cells of a condition."""
-        return np.flatnonzero((self.labels == condition) & self.generated)
-
-    def control_names(self) -> set[str]:
-        """Return the names of the control cells; in a prediction those of the cells they were copied from."""
-        obs = self.adata.obs.iloc[self.control_rows]
-        return set((obs["source_cell"] if "source_cell" in obs else obs.index.to_series()).astype(str))
-
-    def values(self, rows: np.ndarray, columns: np.ndarray | None, selected: np.ndarray | None) -> sp.csr_matrix:
-        """Return log1p CP10k of some cells: sums over ``columns``, then only the ``selected`` of them."""
-        blocks: list[sp.csr_matrix] = []
-        for _, block in row_blocks(self.counts, rows):
-            block = block if columns is None else block[:, columns]
-            data = block.data if sp.issparse(block) else block
-            if data.size and (not np.isfinite(data).all() or data.min() < 0):
-                raise ValueError(
-                    f"{self.name} has negative or non-finite values in {self._place}: metrics take counts. Put counts "
-                    "in X" + (", or name their layer with layer=..." if self.name != "predicted" else ".")
-                )
-            if data.size and not blocks and (data != np.round(data)).any():
-                self._not_whole()
-            y = log1p_cp10k(block)
-            blocks.append(sp.csr_matrix(y if selected is None else y[:, selected]))
-        if blocks:
-            return sp.vstack(blocks, format="csr")
-        width = self.adata.n_vars if columns is None else len(columns)
-        return sp.csr_matrix((0, width if selected is None else len(selected)))
-
-    @property
-    def _place(self) -> str:
-        return "X" if self.layer is None else f"layers[{self.layer!r}]"
-
-    def _not_whole(self) -> None:
-        if self.layer is None and "log1p" in self.adata.uns:
-            raise ValueError(
-                f"{self.name}.X is log-transformed (uns['log1p'] says so): metrics take counts and do log1p CP10k "
-                "themselves." + (" Name the layer of the counts with layer=..." if self.name != "predicted" else "")
-            )
-        warnings.warn(
-            f"{self.name} holds values that are not whole numbers in {self._place}. Metrics are defined on counts: "
-            "predict with output='counts', and profiles are means over sampled cells.",
-            stacklevel=5,
-        )
 
 
 def choose_conditions(predicted: Labelled, observed: Labelled, asked: Sequence[str] | None) -> list[str]:
@@ -148,7 +43,7 @@ def choose_conditions(predicted: Labelled, observed: Labelled, asked: Sequence[s
         lost = [c for c in have if c not in set(seen)]
         warnings.warn(
             f"{len(lost)} of {len(have)} predicted conditions have no observed cells and are not scored: {lost[:5]}.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return both
 
@@ -173,20 +68,6 @@ def choose_genes(names: pd.Index, genes: Any) -> np.ndarray | None:
     return selected
 
 
-def same_genes(side: Labelled, names: pd.Index) -> np.ndarray | None:
-    """Return the columns of ``side`` that are ``names``, or ``None`` when they are its columns already."""
-    if side.adata.var_names.equals(names):
-        return None
-    position = side.adata.var_names.get_indexer(names)
-    if (position < 0).any():
-        missing = list(names[position < 0])
-        raise ValueError(
-            f"{len(missing)} predicted genes are missing in {side.name}, first {missing[:5]}: both need the genes "
-            "that were registered, because log1p CP10k is taken over all of them."
-        )
-    return position
-
-
 def stored_prediction(predicted: Labelled, conditions: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return the shifts that a prediction carries, and for references the control profile; ``None`` without."""
     provenance: Mapping[str, Any] = predicted.adata.uns.get(UNS_PROVENANCE_KEY, {})
@@ -208,29 +89,6 @@ def stored_prediction(predicted: Labelled, conditions: Sequence[str]) -> tuple[n
     if profile.shape != (len(names),):
         raise ValueError(f"The control profile in predicted.uns has {len(profile)} genes, X {len(names)}: {ALL_GENES}")
     return shifts, profile
-
-
-def training_center(
-    train: Any, names: pd.Index, *, perturbation_key: str, format: LabelFormat, layer: Any
-) -> np.ndarray:
-    """Return the mean over training perturbed conditions of their mean profiles, or the profile given."""
-    if isinstance(train, pd.Series):
-        missing = names[~names.isin(train.index)]
-        if len(missing):
-            raise KeyError(f"train lacks {len(missing)} of the predicted genes, first {list(missing[:5])}.")
-        return train.loc[names].to_numpy(dtype=np.float64)
-    if not isinstance(train, ad.AnnData):
-        raise TypeError(
-            f"train is a {type(train).__name__}: pass the training AnnData, or a Series with one value a gene."
-        )
-    side = Labelled.create(train, "train", perturbation_key, format, layer)
-    conditions = side.condition_labels
-    if not conditions:
-        raise ValueError(f"train has no perturbed cells: all of its {train.n_obs} cells are {format.control[0]!r}.")
-    codes = pd.Index(conditions).get_indexer(pd.Index(side.labels))
-    columns = same_genes(side, names)
-    x = side.counts if columns is None else side.counts[:, columns]
-    return group_profiles(x, codes, len(conditions))[0].mean(axis=0)
 
 
 def check_shared_controls(predicted: Labelled, observed: Labelled, train: Any, needing: Sequence[str]) -> None:
@@ -262,7 +120,7 @@ def usable(metrics: Sequence[Metric], lacking: Mapping[str, str], n_genes: int, 
         if explicit:
             raise ValueError(f"The metric {reasons[-1]}.")
     if reasons:
-        warnings.warn("Left out: " + "; ".join(reasons) + ".", stacklevel=4)
+        warnings.warn("Left out: " + "; ".join(reasons) + ".", stacklevel=5)
     return kept
 
 
@@ -291,30 +149,38 @@ def build(
     scored = choose_conditions(left, right, conditions)
     shifts, control_profile = stored_prediction(left, scored)
 
-    lacking = {}
-    if not len(right.control_rows):
-        lacking["deltas"] = f"observed has no cells labelled {format.control[0]!r}"
-    elif shifts is None and not len(left.control_rows):
-        lacking["deltas"] = f"predicted has no cells labelled {format.control[0]!r}"
-    if train is None:
-        lacking["reference_profile"] = "pass train=, the training cells"
+    training = Training.create(train, perturbation_key, format, layer)
+    lacking = training.lacking(scored, format)
+    for side in (left, right):  # what observed lacks is named first
+        if not len(side.control_rows):
+            lacking["controls"] = f"{side.name} has no cells labelled {format.control[0]!r}"
+            if side is right or shifts is None:  # shifts that a prediction carries need no control cells
+                lacking["deltas"] = lacking["controls"]
     kept = usable(metrics, lacking, len(names) if selected is None else len(selected), explicit)
-    needing = [m.name for m in kept if "deltas" in m.needs]
-    if needing:
-        behind = None
-        if control_profile is not None and isinstance(train, ad.AnnData):
-            behind = Labelled.create(train, "train", perturbation_key, format, layer)
-        check_shared_controls(left, right, behind, needing)
+    needs = frozenset().union(*(m.needs for m in kept))
+    subtracting = [m.name for m in kept if m.needs & {"deltas", "controls"}]
+    if subtracting:
+        behind = training.source if control_profile is not None else None
+        check_shared_controls(left, right, behind, subtracting)
 
     def pick(values: np.ndarray) -> np.ndarray:
         return values if selected is None else values[..., selected]
 
-    no_cells = np.array([], dtype=int)
-    wanted = control_profile is None or any("cells" in m.needs for m in kept)
-    of_left = [left.values(left.rows(c) if wanted else no_cells, None, selected) for c in scored]
-    left_controls = left.values(left.control_rows if needing and shifts is None else no_cells, None, selected)
-    of_right = [right.values(right.rows(c), columns, selected) for c in scored]
-    right_controls = right.values(right.control_rows if needing else no_cells, columns, selected)
+    def cells(side: Labelled, rows: np.ndarray, wanted: bool) -> sp.csr_matrix:
+        used = rows if wanted else rows[:0]
+        return side.values(used, columns if side is right else None, selected)
+
+    def draw(name: str, label: str, x: sp.csr_matrix) -> np.ndarray:
+        return subsample(stream(seed, name, label), x.shape[0], max_cells)
+
+    def few_controls(name: str, x: sp.csr_matrix, wanted: bool) -> sp.csr_matrix | None:
+        return x[draw(f"{name} control", "", x)] if wanted and x.shape[0] else None
+
+    of_left = [cells(left, left.rows(c), control_profile is None or "cells" in needs) for c in scored]
+    of_right = [cells(right, right.rows(c), True) for c in scored]
+    for_base, for_rest = "deltas" in needs, "observed_cells" in needs
+    left_controls = cells(left, left.control_rows, "controls" in needs or (for_base and shifts is None))
+    right_controls = cells(right, right.control_rows, bool(subtracting) or for_rest)
     ours, theirs = Side(of_left, left_controls), Side(of_right, right_controls)
 
     predicted_deltas = observed_deltas = None
@@ -323,19 +189,13 @@ def build(
         predicted_profiles = pick(control_profile + shifts)
     else:
         predicted_profiles = ours.profiles()
-    if needing:
+    if for_base:
         base = ours.control_profile()
         predicted_deltas = pick(shifts) if shifts is not None else predicted_profiles - base
         observed_deltas = observed_profiles - theirs.control_profile()
-    center = None
-    if train is not None:
-        center = pick(training_center(train, names, perturbation_key=perturbation_key, format=format, layer=layer))
-    picks = [
-        subsample(stream(seed, "observed", c), m.shape[0], max_cells) for c, m in zip(scored, of_right, strict=True)
-    ]
-    draws = [
-        subsample(stream(seed, "predicted", c), m.shape[0], max_cells) for c, m in zip(scored, of_left, strict=True)
-    ]
+    center, additive = training.read(names, scored, format, "additive" in needs, seed)
+    draws = [draw("predicted", c, x) for c, x in zip(scored, of_left, strict=True)]
+    picks = [draw("observed", c, x) for c, x in zip(scored, of_right, strict=True)]
     comparison = Comparison(
         conditions=tuple(scored),
         genes=names if selected is None else names[selected],
@@ -343,9 +203,12 @@ def build(
         observed_profiles=observed_profiles,
         predicted_deltas=predicted_deltas,
         observed_deltas=observed_deltas,
-        reference_profile=center,
+        reference_profile=None if center is None else pick(center),
         predicted_cells=[m[p] for m, p in zip(of_left, draws, strict=True)],
         observed_cells=[m[p] for m, p in zip(of_right, picks, strict=True)],
+        predicted_controls=few_controls("predicted", left_controls, "controls" in needs),
+        observed_controls=few_controls("observed", right_controls, "controls" in needs or for_rest),
+        additive=None if additive is None else (pick(additive[0]), pick(additive[1])),
     )
     n_predicted = np.array([len(left.rows(c)) for c in scored])
     return Pair(comparison, theirs, picks, n_predicted, np.array([m.shape[0] for m in of_right])), kept

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 Direction = Literal["higher", "lower", "one"]
 Level = Literal["condition", "pooled"]
-Need = Literal["deltas", "reference_profile", "cells"]
+Need = Literal["deltas", "reference_profile", "cells", "observed_cells", "controls", "additive"]
 
 NEEDS: Final[dict[str, str]] = {
     "deltas": "shifts against controls on both sides",
     "reference_profile": "the mean of the training perturbed conditions",
     "cells": "single cells on both sides",
+    "observed_cells": "observed single cells",
+    "controls": "control cells on both sides",
+    "additive": "sums of the training shifts of single perturbations",
 }
 
 
@@ -43,13 +46,16 @@ class Metric:
     level
         ``"condition"``: one value a condition, pooled as their mean. ``"pooled"``: conditions together only.
     needs
-        What it uses beside the mean profiles: ``"deltas"``, ``"reference_profile"``, ``"cells"``.
+        What it uses beside the mean profiles: ``"deltas"``, ``"reference_profile"``, ``"cells"``,
+        ``"observed_cells"``, ``"controls"``, ``"additive"``.
     min_genes
         Fewest genes with which it says anything.
     source
         Where it was defined.
     description
         One line.
+    resampled
+        Whether it is computed again for resampled observed cells; ``False`` for one that is too slow for that.
     """
 
     name: str
@@ -61,6 +67,7 @@ class Metric:
     min_genes: int
     source: str
     description: str
+    resampled: bool = True
 
 
 _METRICS: dict[str, Metric] = {}
@@ -79,6 +86,7 @@ def register(
     level: Level = "condition",
     needs: Iterable[Need] = (),
     min_genes: int = 1,
+    resampled: bool = True,
 ) -> Callable[[Callable[[Comparison], Any]], Callable[[Comparison], Any]]:
     """Return a decorator that adds a function to the registry of metrics.
 
@@ -95,9 +103,14 @@ def register(
     level
         ``"condition"`` for one value a condition, ``"pooled"`` for one value in all.
     needs
-        ``"deltas"``, ``"reference_profile"``, ``"cells"``: what it uses beside mean profiles.
+        What it uses beside mean profiles: ``"deltas"``, ``"reference_profile"``, ``"cells"`` (on both sides),
+        ``"observed_cells"`` (also the observed controls where there are some), ``"controls"`` (control cells on both
+        sides), ``"additive"`` (see :class:`pertvae.metrics.TrainingProfiles`).
     min_genes
         Fewest genes with which it says anything.
+    resampled
+        ``False`` for a metric that is too slow to be computed again for hundreds of resamplings of the observed cells:
+        :func:`pertvae.metrics.evaluate` gives it no interval, :func:`pertvae.metrics.resample` leaves it out.
 
     Returns
     -------
@@ -130,7 +143,7 @@ def register(
     def add(function: Callable[[Comparison], Any]) -> Callable[[Comparison], Any]:
         description = (function.__doc__ or "").strip().split("\n")[0]
         _METRICS[name] = Metric(
-            name, function, direction, range, level, frozenset(needs), min_genes, source, description
+            name, function, direction, range, level, frozenset(needs), min_genes, source, description, resampled
         )
         return function
 
@@ -161,11 +174,12 @@ def list_metrics() -> pd.DataFrame:
     -------
     DataFrame
         One row a metric, indexed by name: ``direction`` (better when higher, lower or at one), ``lowest`` and
-        ``highest`` possible value, ``level``, ``needs``, ``min_genes``, ``source``, ``description``.
+        ``highest`` possible value, ``level``, ``needs``, ``min_genes``, ``resampled`` (whether it gets an interval
+        from resampled observed cells), ``source``, ``description``.
     """
     rows = []
     for metric in _METRICS.values():
         row = {f.name: getattr(metric, f.name) for f in fields(metric) if f.name not in ("function", "range", "needs")}
         rows.append({**row, "lowest": metric.range[0], "highest": metric.range[1], "needs": sorted(metric.needs)})
-    columns = ["direction", "lowest", "highest", "level", "needs", "min_genes", "source", "description"]
+    columns = ["direction", "lowest", "highest", "level", "needs", "min_genes", "resampled", "source", "description"]
     return pd.DataFrame(rows).set_index("name")[columns]

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata import AnnData
 
-from pertvae._expression import mean_profile
-from pertvae._labels import LabelFormat, hint, is_control, require_column, unknown_components
+from pertvae._labels import LabelFormat, require_column, unknown_components
 from pertvae._predictions import Block, prediction_anndata
 from pertvae.reference._render import Renderer, overdispersion
-from pertvae.reference._training import Training, collect, counts_of, read_rows, training_rows
+from pertvae.reference._source import Source, source_of, training_source
+from pertvae.reference._training import Training, collect, training_rows
 
 Unseen = Literal["raise", "ignore"]
 DEFAULT_N_CELLS = 500
 
 
 class Reference(ABC):
-    """A prediction without a generative model, for comparison.
+    """A prediction without a perturbation model of ours, for comparison.
 
-    A reference is fitted on mean log1p CP10k profiles of training conditions and predicts a shift (difference from
-    the mean profile of controls). It returns the same AnnData as a model does. Fitted attributes end with ``_``;
-    ``params_`` holds what was learned or chosen.
+    A reference is fitted on mean log1p CP10k profiles of training conditions (:class:`SCVIArithmetic` on the cells)
+    and predicts a shift (difference from the mean profile of controls). It returns the same AnnData as a model does.
+    Fitted attributes end with ``_``; ``params_`` holds what was learned or chosen.
     """
 
     _needs_perturbed = True
     _needs_halves = False
+    _needs_cells = False
+    _needs_batches = False
 
     params_: dict[str, Any]
 
@@ -45,6 +48,7 @@ class Reference(ABC):
         layer: str | None = None,
         sep: str | None = "+",
         labels_key: str | None = None,
+        batch_key: str | None = None,
         covariates: Sequence[str] = (),
         seed: int = 0,
     ) -> Self:
@@ -68,10 +72,13 @@ class Reference(ABC):
         labels_key
             obs column of the context (cell type). Shifts are then measured against the controls of the same context
             and averaged over contexts by cell numbers. ``None`` (default): against all controls.
+        batch_key
+            obs column of the technical batch. Only :class:`SCVIArithmetic` uses it; no other reference looks at it.
         covariates
             obs columns that generated cells take over from their source cell.
         seed
-            Seed of random halves and, above 20,000 training controls, of the choice of those kept as source.
+            Seed of random halves, of training where there is any, and, above 20,000 training controls, of the choice
+            of those kept as source.
 
         Returns
         -------
@@ -88,6 +95,9 @@ class Reference(ABC):
         fmt = LabelFormat.create(control, sep)
         for column in covariates:
             require_column(adata.obs, column, "adata.obs", "covariates")
+        if batch_key is not None:
+            require_column(adata.obs, batch_key, "adata.obs", "batch_key")
+        batch_key = batch_key if self._needs_batches else None
         rows = training_rows(adata.obs, split_key)
         training, controls = collect(
             adata,
@@ -96,12 +106,14 @@ class Reference(ABC):
             rows,
             layer=layer,
             labels_key=labels_key,
+            batch_key=batch_key,
             covariates=[c for c in covariates if c != perturbation_key],
             seed=seed,
             needs_perturbed=self._needs_perturbed,
             halves=self._needs_halves,
+            cells=self._needs_cells,
         )
-        self._fmt, self._key, self._layer, self._labels_key = fmt, perturbation_key, layer, labels_key
+        self._fmt, self._key, self._layer, self._batch_key = fmt, perturbation_key, layer, batch_key
         self._covariates = [c for c in covariates if c != perturbation_key]
         self._var = adata.var.copy()
         self._controls = controls
@@ -123,7 +135,7 @@ class Reference(ABC):
 
     @abstractmethod
     def _shift(self, components: tuple[str, ...]) -> np.ndarray:
-        """Return the shift of a set of components that are all predictable, genes."""
+        """Return the shift of a set of components that are all predictable, genes; not called without components."""
 
     def _predictable(self) -> list[str] | None:
         """Return the components that can be predicted; ``None`` when any can."""
@@ -149,8 +161,8 @@ class Reference(ABC):
         KeyError
             If a component can not be predicted and ``unseen="raise"``.
         """
-        shifts, _ = self._shifts(perturbations, unseen)
-        return shifts
+        parts, _ = self._parts(perturbations, unseen)
+        return self._table(parts, self._shifts(parts))
 
     def predict_perturbation(
         self,
@@ -192,7 +204,8 @@ class Reference(ABC):
         (genes x labels); score those, because the mean of the cells follows them only up to sampling noise and to
         what counts that sum to a library can show. ``uns["pertvae"]`` holds model, version, seed, settings,
         value_kind, ``ignored`` components and ``control_profile``, the mean log1p CP10k of all source cells (training
-        controls by default): ``control_profile`` plus shift is the predicted profile. Nothing is written to ``adata``.
+        controls by default): ``control_profile`` plus shift is the predicted profile. (:class:`SCVIArithmetic` samples
+        its cells; it has no ``control_profile`` and is scored by them.) Nothing is written to ``adata``.
 
         Raises
         ------
@@ -207,27 +220,20 @@ class Reference(ABC):
         cell's own rate, such that each gene is negative binomial over cells with the overdispersion of the controls,
         the mean of log1p CP10k over cells is control profile plus shift, and libraries stay the same on average.
         Genes that are silent in controls are switched on where the shift says so. Without a shift cells are copies of
-        their source.
+        their source. Cells of :class:`SCVIArithmetic` are decoded instead, as it says.
         """
-        shifts, ignored = self._shifts(perturbations, unseen)
-        x, obs, profile = self._source(adata, indices, labels)
-        n_source = x.shape[0]
+        parts, ignored = self._parts(perturbations, unseen)
+        source = self._source(adata, indices, labels)
+        n_source = source.x.shape[0]
         if n_source == 0:
             raise ValueError("There are no source cells: indices is empty.")
         n = min(n_source, DEFAULT_N_CELLS) if n_cells is None else int(n_cells)
         if n < 1:
             raise ValueError(f"n_cells={n_cells!r}: pass 1 or more.")
-        rng = np.random.default_rng([seed, 2])
-        chosen = rng.permutation(n_source)
-        if n > n_source:
-            chosen = np.concatenate([chosen, rng.integers(n_source, size=n - n_source)])
-        chosen = chosen[:n]
-        renderer = Renderer(x, profile, self._alpha)
-        taken = obs.iloc[chosen]
-        blocks = [
-            Block(name, renderer.cells(shift, chosen, self._fmt.canonical(name), seed), taken)
-            for name, shift in zip(shifts.index, shifts.to_numpy(), strict=True)
-        ]
+        chosen = choose(n_source, n, seed)
+        cells, shifts = self._generate(parts, source, chosen, seed)
+        taken = source.obs.iloc[chosen]
+        blocks = [Block(name, x, taken) for name, x in zip(parts, cells, strict=True)]
         used = np.unique(chosen)
         provenance = {
             "model": type(self).__name__,
@@ -235,12 +241,13 @@ class Reference(ABC):
             "seed": seed,
             "settings": {"n_cells": n, "library_size": "observed", "unseen": unseen, **self.params_},
             "value_kind": "counts",
-            "control_profile": profile,
+            **self._scored_with(source),
             "ignored": np.array(ignored, dtype=object) if ignored else np.array([], dtype=str),
         }
         key = f"{type(self).__name__.lower()}_predictions"
-        controls = Block(self._fmt.control[0], x[used], obs.iloc[used])
-        return prediction_anndata(blocks, controls, self._var, self._key, shifts, key, provenance)
+        controls = Block(self._fmt.control[0], source.x[used], source.obs.iloc[used])
+        table = self._table(parts, shifts)
+        return prediction_anndata(blocks, controls, self._var, self._key, table, key, provenance)
 
     def _require_fit(self) -> None:
         if not hasattr(self, "params_"):
@@ -248,7 +255,8 @@ class Reference(ABC):
                 f"{type(self).__name__} is not fitted: call fit(adata, perturbation_key, control) first."
             )
 
-    def _shifts(self, perturbations: str | Sequence[str], unseen: str) -> tuple[pd.DataFrame, list[str]]:
+    def _parts(self, perturbations: str | Sequence[str], unseen: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+        """Return the predictable components of each label as written, and the components that are ignored."""
         self._require_fit()
         if unseen not in ("raise", "ignore"):
             raise ValueError(f"unseen={unseen!r}: pass 'raise' or 'ignore'.")
@@ -260,68 +268,78 @@ class Reference(ABC):
             raise ValueError("perturbations is empty: pass one label or more.")
         parts = {name: self._fmt.components(name) for name in names}
         predictable = self._predictable()
-        ignored: list[str] = []
-        if predictable is not None:
-            known = set(predictable)
-            ignored = sorted({c for p in parts.values() for c in p} - known)
-            if ignored:
-                message = unknown_components(parts, predictable)
-                if unseen == "raise":
-                    raise KeyError(f"{message} {self._why(ignored)}".rstrip())
-                warnings.warn(
-                    f"{', '.join(map(repr, ignored))} contribute nothing. {message}", UserWarning, stacklevel=4
-                )
-                parts = {name: tuple(c for c in p if c in known) for name, p in parts.items()}
-        zero = np.zeros(len(self._var))
-        table = np.stack([self._shift(p) if p else zero for p in parts.values()])
-        return pd.DataFrame(table, index=pd.Index(names, dtype=object), columns=self._var.index), ignored
+        if predictable is None:
+            return parts, []
+        known = set(predictable)
+        ignored = sorted({c for p in parts.values() for c in p} - known)
+        if ignored:
+            message = unknown_components(parts, predictable)
+            if unseen == "raise":
+                raise KeyError(f"{message} {self._why(ignored)}".rstrip())
+            warnings.warn(f"{', '.join(map(repr, ignored))} contribute nothing. {message}", UserWarning, stacklevel=3)
+        return {name: tuple(c for c in p if c in known) for name, p in parts.items()}, ignored
 
     def _why(self, components: Sequence[str]) -> str:
         """Say more about components that can not be predicted."""
         return ""
 
-    def _source(
-        self, adata: AnnData | None, indices: Sequence[int] | np.ndarray | None, labels: str | None
-    ) -> tuple[Any, pd.DataFrame, np.ndarray]:
-        """Return counts, covariates and mean profile of the source cells."""
+    def _shifts(self, parts: Mapping[str, tuple[str, ...]]) -> np.ndarray:
+        """Return the shift of each label, labels x genes; without a component there is none."""
+        zero = np.zeros(len(self._var))
+        return np.stack([self._shift(p) if p else zero for p in parts.values()])
+
+    def _table(self, parts: Mapping[str, tuple[str, ...]], shifts: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame(shifts, index=pd.Index(list(parts), dtype=object), columns=self._var.index)
+
+    def _source(self, adata: AnnData | None, indices: Sequence[int] | np.ndarray | None, labels: str | None) -> Source:
+        """Return the cells to start from."""
         if adata is None:
             if indices is not None:
                 raise ValueError("indices need adata: pass the AnnData whose cells they number.")
-            own = self._controls
-            if labels is None:
-                return own.x, own.obs, own.profiles[""]
-            if own.contexts is None:
-                raise ValueError(f"labels={labels!r} needs fit(..., labels_key=...), the obs column of the context.")
-            if labels not in own.profiles:
-                raise KeyError(
-                    f"labels={labels!r} has no training controls.{hint(labels, [c for c in own.profiles if c])}"
-                )
-            inside = np.flatnonzero(own.contexts == labels)
-            return own.x[inside], own.obs.iloc[inside], own.profiles[labels]
+            return training_source(self._controls, labels)
         if labels is not None:
             raise ValueError("Pass labels or adata, not both: with adata choose the cells by indices.")
-        genes = adata.var_names.get_indexer(self._var.index)
-        if (genes < 0).any():
-            lost = list(self._var.index[genes < 0])
-            raise KeyError(
-                f"adata lacks {len(lost)} genes of the fit, first {lost[0]!r}.{hint(lost[0], adata.var_names)}"
-            )
-        if indices is None:
-            require_column(adata.obs, self._key, "adata.obs", "perturbation_key")
-            rows = np.flatnonzero(is_control(adata.obs[self._key], self._fmt.control, self._fmt.sep))
-            if not len(rows):
-                raise ValueError(
-                    f"adata has no control cells ({' or '.join(map(repr, self._fmt.control))}) in obs[{self._key!r}]. "
-                    "Pass indices, or leave adata out to start from the training controls."
-                )
-        else:
-            rows = np.asarray(indices)
-            rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-            if len(rows) and not (-adata.n_obs <= rows.min() and rows.max() < adata.n_obs):
-                raise ValueError(f"indices run from {rows.min()} to {rows.max()}, but adata has {adata.n_obs} cells.")
-            rows = rows % adata.n_obs
-        for column in self._covariates:
-            require_column(adata.obs, column, "adata.obs", "covariates")
-        x = read_rows(counts_of(adata, self._layer), rows)[:, genes]
-        profile = mean_profile(x) if len(rows) else np.zeros(x.shape[1])
-        return x, adata.obs.iloc[rows][self._covariates].copy(), profile
+        return source_of(
+            adata,
+            indices,
+            genes=self._var.index,
+            perturbation_key=self._key,
+            fmt=self._fmt,
+            layer=self._layer,
+            covariates=self._covariates,
+            batch_key=self._batch_key,
+        )
+
+    def _generate(
+        self, parts: Mapping[str, tuple[str, ...]], source: Source, chosen: np.ndarray, seed: int
+    ) -> tuple[list[sp.csr_matrix], np.ndarray]:
+        """Return counts of one generated cell for each chosen source cell, label by label, and labels x genes shifts.
+
+        Parameters
+        ----------
+        parts
+            Components of each label.
+        source
+            Cells to start from.
+        chosen
+            Rows of ``source``, repeats allowed.
+        seed
+            Seed; draws depend on it, the canonical label and the chosen cells alone.
+        """
+        shifts = self._shifts(parts)
+        renderer = Renderer(source.x, source.profile, self._alpha)
+        labels = [self._fmt.canonical(name) for name in parts]
+        return [renderer.cells(s, chosen, name, seed) for s, name in zip(shifts, labels, strict=True)], shifts
+
+    def _scored_with(self, source: Source) -> dict[str, np.ndarray]:
+        """Return what the provenance tells metrics: a control profile, so that the exact shift is what they score."""
+        return {"control_profile": source.profile}
+
+
+def choose(n_source: int, n: int, seed: int) -> np.ndarray:
+    """Return ``n`` rows of the source: none twice until every one was taken once."""
+    rng = np.random.default_rng([seed, 2])
+    chosen = rng.permutation(n_source)
+    if n > n_source:
+        chosen = np.concatenate([chosen, rng.integers(n_source, size=n - n_source)])
+    return chosen[:n]

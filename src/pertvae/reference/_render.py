@@ -140,7 +140,7 @@ class Renderer:
         ratio = np.divide(q, self.p, out=np.where(q > 0, np.inf, 1.0), where=self.p > 0)
         more = np.flatnonzero(ratio > 1 + 1e-6)
         keep = np.where(ratio < 1 - 1e-6, ratio, 1.0)
-        key = int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "little")
+        key = label_key(label)
         shape = 1.0 / self.alpha[more]
         blocks = []
         for number, start in enumerate(range(0, len(chosen), BLOCK)):
@@ -157,6 +157,11 @@ class Renderer:
             total.eliminate_zeros()
             blocks.append(total)
         return sp.vstack(blocks, format="csr")
+
+
+def label_key(label: str) -> int:
+    """Return a whole number that belongs to a label, for seeds."""
+    return int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "little")
 
 
 def _mean_log1p(alpha: float, libraries: np.ndarray) -> np.ndarray:

@@ -15,9 +15,58 @@ from anndata import AnnData
 from pertvae._constants import SPLIT_ALIASES
 from pertvae._expression import group_profiles, row_blocks
 from pertvae._labels import LabelFormat, canonical_labels, check_labels, hint, require_column
+from pertvae.reference._groups import Groups
 
 MAX_CONTROLS = 20_000
 """Training controls kept as the default source of generated cells; more are sampled down, seeded."""
+
+
+@dataclass
+class Cells:
+    """The training cells themselves, for references that learn from more than mean profiles.
+
+    Parameters
+    ----------
+    counts
+        Counts of all cells x genes, training cells or not, in memory or on disk.
+    rows
+        Rows of the training cells.
+    groups
+        The training cells by condition and context.
+    batches
+        Technical batch of each training cell, text; ``None`` without batches.
+    seed
+        The caller's seed.
+    """
+
+    counts: Any
+    rows: np.ndarray
+    groups: Groups
+    batches: np.ndarray | None
+    seed: int
+
+    def read(self, most: int | None = None) -> sp.csr_matrix:
+        """Return counts of the training cells in memory; above ``most`` of them a seeded random choice."""
+        rows = self.rows
+        if most is not None and len(rows) > most:
+            rows = np.sort(np.random.default_rng([self.seed, 3]).choice(rows, most, replace=False))
+        return read_rows(self.counts, rows)
+
+    def shifts(self, values: np.ndarray) -> np.ndarray:
+        """Return the shift of each perturbed condition in any values of the training cells.
+
+        Parameters
+        ----------
+        values
+            Training cells x values.
+
+        Returns
+        -------
+        Conditions x values, measured against controls just as the shifts of profiles are.
+        """
+        codes = (self.groups.member, np.arange(len(values)))
+        member = sp.csr_matrix((np.ones(len(values)), codes), shape=(len(self.groups.counts), len(values)))
+        return self.groups.shifts((member @ values.astype(np.float64)) / self.groups.counts[:, None])
 
 
 @dataclass
@@ -35,12 +84,15 @@ class Training:
     halves
         The same from two disjoint random halves of the perturbed and control cells; conditions whose cells do not
         reach for both are NaN. ``None`` for references that do not need them.
+    cells
+        The cells; ``None`` for references that do not need them.
     """
 
     components: list[tuple[str, ...]]
     n_cells: np.ndarray
     shifts: np.ndarray
     halves: tuple[np.ndarray, np.ndarray] | None
+    cells: Cells | None = None
 
     @property
     def singles(self) -> dict[str, int]:
@@ -67,12 +119,15 @@ class Controls:
         Context of each cell, or ``None``.
     profiles
         Mean log1p CP10k of all training controls under ``""``, and of each context under its name.
+    batches
+        Technical batch of each cell, or ``None``.
     """
 
     x: sp.csr_matrix
     obs: pd.DataFrame
     contexts: np.ndarray | None
     profiles: dict[str, np.ndarray]
+    batches: np.ndarray | None
 
 
 def counts_of(adata: AnnData, layer: str | None) -> Any:
@@ -147,8 +202,10 @@ def collect(
     labels_key: str | None,
     covariates: Sequence[str],
     seed: int,
+    batch_key: str | None = None,
     needs_perturbed: bool,
     halves: bool,
+    cells: bool = False,
 ) -> tuple[Training, Controls]:
     """Read the training cells once, in blocks, and return their mean profiles and the controls to start from."""
     obs = adata.obs.iloc[rows]
@@ -174,31 +231,24 @@ def collect(
             [str(c) for c in categorical.categories],
         )
 
-    # One pass: every (condition, context, half) is a group; coarser means are weighted sums of these.
     is_control = codes == conditions.index(fmt.control[0])
-    strata = codes * len(context_names) + contexts
-    half = _halves(strata, seed) if halves else np.zeros_like(strata)
-    groups, member = np.unique(strata * 2 + half, return_inverse=True)
+    groups = Groups.create(
+        codes,
+        contexts,
+        control=conditions.index(fmt.control[0]),
+        n_conditions=len(conditions),
+        n_contexts=len(context_names),
+        seed=seed if halves else None,
+    )
     everywhere = np.full(adata.n_obs, -1, dtype=np.int64)
-    everywhere[rows] = member
-    means, counts = group_profiles(x, everywhere, len(groups))
-    group_condition, group_context = np.divmod(groups // 2, len(context_names))
-    group_half = groups % 2
+    everywhere[rows] = groups.member
+    means, _ = group_profiles(x, everywhere, len(groups.counts))  # the one pass over the counts
     perturbed = [i for i, c in enumerate(conditions) if c != fmt.control[0]]
-    at_control = group_condition == conditions.index(fmt.control[0])
+    batches = None if batch_key is None else batches_of(obs, batch_key)
 
-    def shifts(which: Sequence[int]) -> np.ndarray:
-        use = np.isin(group_half, which)
-        weights = np.where(use, counts, 0).astype(np.float64)
-        control = _weighted(means, weights * at_control, group_context, len(context_names))
-        pooled = _weighted(means, weights * at_control, np.zeros_like(group_context), 1)[0]
-        control = np.where(np.isnan(control), pooled, control)
-        moved = means - control[group_context]
-        return _weighted(moved, weights, group_condition, len(conditions))[perturbed]
-
-    control_profiles = {"": _weighted(means, counts * at_control, np.zeros_like(group_context), 1)[0]}
+    pooled, by_context = groups.control_means(means)
+    control_profiles = {"": pooled}
     if labels_key is not None:
-        by_context = _weighted(means, counts * at_control, group_context, len(context_names))
         control_profiles |= {n: p for n, p in zip(context_names, by_context, strict=True) if not np.isnan(p).any()}
         without = sorted({context_names[c] for c in contexts[~is_control]} - control_profiles.keys())
         if without:
@@ -211,8 +261,9 @@ def collect(
     training = Training(
         components=[fmt.components(conditions[i]) for i in perturbed],
         n_cells=np.bincount(codes, minlength=len(conditions))[perturbed],
-        shifts=shifts((0, 1)),
-        halves=(shifts((0,)), shifts((1,))) if halves else None,
+        shifts=groups.shifts(means),
+        halves=(groups.shifts(means, (0,)), groups.shifts(means, (1,))) if halves else None,
+        cells=Cells(x, rows, groups, batches, seed) if cells else None,
     )
     kept = np.flatnonzero(is_control)
     if len(kept) > MAX_CONTROLS:
@@ -222,29 +273,18 @@ def collect(
         obs=obs.iloc[kept][list(covariates)].copy(),
         contexts=None if labels_key is None else np.array(context_names, dtype=object)[contexts[kept]],
         profiles=control_profiles,
+        batches=None if batches is None else batches[kept],
     )
     return training, controls
+
+
+def batches_of(obs: pd.DataFrame, batch_key: str) -> np.ndarray:
+    """Return the technical batch of each cell, text."""
+    require_column(obs, batch_key, "adata.obs", "batch_key")
+    return np.asarray(check_labels(obs[batch_key], batch_key), dtype=object)
 
 
 def read_rows(x: Any, rows: np.ndarray) -> sp.csr_matrix:
     """Return rows as CSR float32, read in blocks."""
     blocks = [sp.csr_matrix(block, dtype=np.float32) for _, block in row_blocks(x, rows)]
     return sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix((0, x.shape[1]), dtype=np.float32)
-
-
-def _halves(strata: np.ndarray, seed: int) -> np.ndarray:
-    """Return 0 or 1 for each cell: two random halves of every stratum."""
-    order = np.random.default_rng([seed, 0]).permutation(len(strata))
-    order = order[np.argsort(strata[order], kind="stable")]
-    _, first, member = np.unique(strata[order], return_index=True, return_inverse=True)
-    half = np.empty(len(strata), dtype=np.int64)
-    half[order] = (np.arange(len(strata)) - first[member]) % 2
-    return half
-
-
-def _weighted(values: np.ndarray, weights: np.ndarray, codes: np.ndarray, n: int) -> np.ndarray:
-    """Return the weighted mean of the rows of each code; NaN where the weights sum to zero."""
-    member = sp.csr_matrix((weights, (codes, np.arange(len(codes)))), shape=(n, len(codes)))
-    total = np.bincount(codes, weights=weights, minlength=n)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total[:, None] > 0, (member @ values) / total[:, None], np.nan)

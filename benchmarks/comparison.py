@@ -1,0 +1,134 @@
+"""Models, references and duplicates on the small real subsets and on the fixed simulated screens.
+
+    python benchmarks/comparison.py                      everything (hours on two cores; resumes)
+    python benchmarks/comparison.py norman zhao          only these
+    python benchmarks/comparison.py --part 0/2 ...       every second of them, for two processes
+
+Real data: 3 training seeds. Fixed screens: simulation seeds 0, 1, 2, the training seed is that of the simulation.
+Reports and tables go to results/comparison/NAME, summaries to benchmarks/results/comparison_*.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import pandas as pd
+import torch
+from _common import RESULTS
+
+import pertvae as pv
+from pertvae.cli import _quiet
+
+MODELS = ("samsvae", "conditionalvae", "cpavae", "svaeplus")
+KEYS = ("perturbation", "control")
+REFERENCES = {name: name for name in pv.benchmark.REFERENCES} | {
+    "AdditivePCA": partial(pv.reference.Additive, space="pca")
+}
+
+REAL: dict[str, dict[str, Any]] = {
+    "norman": {"file": "norman2019_subset", "scheme": "unseen_combination", "batch_key": "batch"},
+    "norman_half_seen": {
+        "file": "norman2019_subset",
+        "scheme": "unseen_combination",
+        "batch_key": "batch",
+        "split_kwargs": {"seen": "1/2"},
+    },
+    "norman_none_seen": {
+        "file": "norman2019_subset",
+        "scheme": "unseen_combination",
+        "batch_key": "batch",
+        "split_kwargs": {"seen": "0/2"},
+    },
+    "datlinger": {"file": "datlinger2021_scifi_subset", "scheme": "unseen_combination"},
+    "papalexi": {"file": "papalexi2021_eccite_subset", "scheme": "random", "batch_key": "batch"},
+    "kang": {
+        "file": "kang2018_ifnb_2800",
+        "scheme": "unseen_context",
+        "labels_key": "cell_type",
+        "n_folds": 3,
+        "split_kwargs": {"held_out": ["CD16 Mono", "CD4 Memory T", "NK"]},
+    },
+    "zhao": {
+        "file": "zhao2021_gbm_panobinostat",
+        "scheme": "unseen_context",
+        "labels_key": "batch",
+        "n_folds": 3,
+        "split_kwargs": {"held_out": ["PW030", "PW032", "PW036"]},
+    },
+}
+SCREENS: dict[str, dict[str, Any]] = {
+    "sparse_additive": {"n_folds": 1},
+    "interacting_structured": {"split_kwargs": {"test_fraction": 0.5}},
+    "interacting_random": {"n_folds": 1},
+}
+
+
+def jobs(names: list[str]) -> dict[str, dict[str, Any]]:
+    every: dict[str, dict[str, Any]] = {name: {**options, "seeds": (0, 1, 2)} for name, options in REAL.items()}
+    for kind, options in SCREENS.items():
+        for seed in (0, 1, 2):
+            every[f"{kind}_{seed}"] = {
+                "kind": kind,
+                "simulation_seed": seed,
+                "scheme": "unseen_combination",
+                "batch_key": "batch",
+                "seeds": (seed,),
+                "n_cells": 1000,
+                **options,
+            }
+    return {n: o for n, o in every.items() if not names or any(n == a or n.startswith(f"{a}_") for a in names)}
+
+
+def run(
+    name: str, options: dict[str, Any], models: list[str], folder: Path, **more: Any
+) -> pv.benchmark.BenchmarkResult:
+    options = dict(options)
+    if "kind" in options:
+        kind, seed = options.pop("kind"), options.pop("simulation_seed")
+        adata = pv.datasets.simulate_screen(kind, seed=seed)
+        title = f"simulated screen {kind}, seed {seed}"
+    else:
+        file = options.pop("file")
+        adata = ad.read_h5ad(Path(os.environ.get("PERTVAE_DATA", "../shared/data")) / f"{file}.h5ad")
+        title = f"{file}: a {adata.n_obs:,}-cell, {adata.n_vars:,}-gene subset"
+    scheme = options.pop("scheme")
+    with _quiet():
+        return pv.benchmark.run(
+            adata, models, scheme, *KEYS, cache_dir=folder / "cache", title=title, progress=False, **options, **more
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {[*REAL, *SCREENS]}; default all")
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--part", default="0/1", help="I/N: every Nth job, from the Ith")
+    parser.add_argument("--train-only", action="store_true", help="train and keep the models, score next to nothing")
+    parser.add_argument("--out", type=Path, default=Path("results/comparison"))
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    part, of = map(int, given.part.split("/"))
+    more: dict[str, Any] = {"metrics": ["l2_profile"], "references": ["NoChange"]} if given.train_only else {}
+    more = more or {"references": REFERENCES}
+    for name, options in list(jobs(given.names).items())[part::of]:
+        folder = given.out / name
+        result = run(name, options, given.models, folder, **more)
+        print(f"\n## {name}\n{result.text()}", flush=True)
+        failed = result.fits[result.fits["status"] == "failed"]
+        for row in failed.itertuples():
+            print(f"failed: {row.model} fold {row.fold} seed {row.seed}: {row.error}", flush=True)
+        if given.train_only:
+            continue
+        result.save(folder)
+        kept = [result.compare(m) for m in result.metrics if result.has_conditions(m)]
+        result.summary().round(4).to_csv(RESULTS / f"comparison_{name}_summary.csv", index=False)
+        pd.concat(kept).round(4).to_csv(RESULTS / f"comparison_{name}_paired.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -165,8 +165,8 @@ def test_benchmark_of_an_ensemble(screen, tmp_path, capsys, few_resamplings):
     out = tmp_path / "results"
     command = [
         "benchmark", str(screen), "--perturbation-key", "perturbation", "--control", "control", "--models", "cpavae",
-        "--seeds", "0", "1", "--references", "Mean", "--ensemble", "--folds", "1", "--n-cells", "40", "--max-epochs", "2",
-        "--out", str(out),
+        "--seeds", "0", "1", "--references", "Mean", "--ensemble", "--folds", "1", "--n-cells", "40",
+        "--max-epochs", "2", "--out", str(out),
     ]  # fmt: skip
     assert cli.main(command) == 0
     assert "cpavae ensemble" in capsys.readouterr().out

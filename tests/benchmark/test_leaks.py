@@ -8,7 +8,7 @@ import scipy.sparse as sp
 import pertvae as pv
 from pertvae.benchmark import _score
 from pertvae.benchmark._data import Data
-from pertvae.benchmark._fit import run_model, run_reference
+from pertvae.benchmark._fit import fit_reference, run_model, run_reference
 from pertvae.benchmark._folds import make_folds
 from pertvae.benchmark._train import fit_model
 from pertvae.data import _splitter
@@ -45,7 +45,7 @@ def what_was_learned(adata):
         pv.CPAVAE, data, scorer.adata, seed=0, model_kwargs={"n_latent": 4, "n_hidden": 8}, train_kwargs=train
     )
     prediction = run_model(model, data, scorer, seed=0, keep_programs=False)
-    ridge = run_reference(pv.reference.RidgeAdditive, data, scorer)
+    ridge = run_reference(fit_reference(pv.reference.RidgeAdditive, data, scorer), data, scorer)
     losses = {name: table for name, table in prediction.tables.items() if name.startswith("history:")}
     assert any("validation" in name for name in losses)
     return {

@@ -10,7 +10,7 @@ import pertvae as pv
 from pertvae._expression import mean_profile
 from pertvae.benchmark._data import Data
 from pertvae.benchmark._duplicate import halves
-from pertvae.benchmark._fit import run_duplicate, run_model, run_oracle, run_reference
+from pertvae.benchmark._fit import fit_reference, run_duplicate, run_model, run_oracle, run_reference
 from pertvae.benchmark._folds import make_folds
 from pertvae.benchmark._score import Scorer, scoring_genes
 from pertvae.benchmark._train import fit_model
@@ -29,6 +29,10 @@ def scorer_of(adata, scheme="unseen_combination", labels_key=None, keep_draws=Fa
 def value(prediction, metric, unit=None):
     rows = prediction.scores[prediction.scores["metric"] == metric].set_index("unit")["value"]
     return rows if unit is None else rows[unit]
+
+
+def fitted_and_scored(cls, data, scorer):
+    return run_reference(fit_reference(cls, data, scorer), data, scorer)
 
 
 def test_genes_are_chosen_by_detection_and_mean_of_the_given_cells():
@@ -76,7 +80,7 @@ def test_held_out_cells_change_no_prediction(screen, stand_in):
     adata.X = sp.csr_matrix(x)
     noisy, after = scorer_of(adata)
     for cls in (pv.reference.RidgeAdditive, pv.reference.CalibratedAdditive):
-        first, second = run_reference(cls, data, before), run_reference(cls, noisy, after)
+        first, second = fitted_and_scored(cls, data, before), fitted_and_scored(cls, noisy, after)
         pd.testing.assert_frame_equal(first.shift, second.shift)
         assert value(first, "l2_profile").mean() != value(second, "l2_profile").mean()
     first, second = (trained_and_scored(stand_in, d, s) for d, s in ((data, before), (noisy, after)))
@@ -85,7 +89,7 @@ def test_held_out_cells_change_no_prediction(screen, stand_in):
 
 def test_scores_equal_the_formulas(screen):
     data, scorer = scorer_of(screen)
-    found = run_reference(pv.reference.NoChange, data, scorer)
+    found = fitted_and_scored(pv.reference.NoChange, data, scorer)
     unit = scorer.fold.units[0]
     labels = screen.obs["perturbation"].to_numpy()
     observed = mean_profile(screen.X, np.flatnonzero(labels == unit.label))
@@ -139,7 +143,7 @@ def test_center_of_a_context_without_training_perturbations(screen):
 def test_oracle_beats_everything_and_the_duplicate_halves_share_no_cell(screen):
     data, scorer = scorer_of(screen, n_folds=1)
     oracle = run_oracle(pv.datasets.read_truth(screen), scorer)
-    additive = run_reference(pv.reference.Additive, data, scorer)
+    additive = fitted_and_scored(pv.reference.Additive, data, scorer)
     duplicate = run_duplicate(scorer, interpolated=False)
     for metric in ("l2_profile", "l2_delta"):
         scores = [value(p, metric).mean() for p in (oracle, duplicate, additive)]
@@ -155,14 +159,14 @@ def test_without_held_out_controls_metrics_of_shifts_are_left_out(screen):
     data, scorer = scorer_of(screen, split_kwargs={"control_test_fraction": 0.0})
     assert "l2_delta" not in scorer.usable
     assert any(text.startswith("l2_delta: no control cells are held out") for text in scorer.left_out)
-    found = run_reference(pv.reference.Additive, data, scorer)
+    found = fitted_and_scored(pv.reference.Additive, data, scorer)
     assert {"l2_profile", "pearson_delta_perturbed"} <= set(found.scores["metric"])
 
 
 def test_draws_are_paired(screen):
     """Two methods meet the same resampled cells: the difference varies less than either."""
     data, scorer = scorer_of(screen, keep_draws=True)
-    a, b = (run_reference(c, data, scorer).draws["l2_profile"] for c in (pv.reference.NoChange, pv.reference.Mean))
+    a, b = (fitted_and_scored(c, data, scorer).draws["l2_profile"] for c in (pv.reference.NoChange, pv.reference.Mean))
     assert a.shape == (len(scorer.fold.units), 30)
     assert ((a - b).std(axis=1) < 0.8 * a.std(axis=1)).all()
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -107,6 +108,33 @@ def test_a_damaged_model_is_trained_again(run, tmp_path):
         path.unlink()
     run()
     assert Counted.n_trained == 3
+
+
+def test_scvi_is_trained_once_a_split(run, monkeypatch, tmp_path):
+    from pertvae.reference import _scvi
+
+    trained = []
+    honest = _scvi.train_vae
+
+    def counted(*args, **kwargs):
+        trained.append(1)
+        return honest(*args, **{**kwargs, "max_epochs": 2})
+
+    monkeypatch.setattr(_scvi, "train_vae", counted)
+    options = {"references": ["SCVIArithmetic", "Additive"]}
+    first = run(**options)
+    second = run(**options, metrics=["l2_profile", "slope"])
+    assert len(trained) == 1
+    values = [
+        r.table[(r.table["model"] == "SCVIArithmetic") & (r.table["metric"] == "l2_profile")]["value"].to_numpy()
+        for r in (first, second)
+    ]
+    np.testing.assert_array_equal(*values)
+    (file,) = (tmp_path / "models").glob("*.pickle")  # references that fit in no time are fitted again
+    file.write_bytes(file.read_bytes()[:100])
+    run(**options, metrics=["slope"])
+    run(**options, split_kwargs={"seed": 3})
+    assert len(trained) == 3
 
 
 @pytest.mark.slow

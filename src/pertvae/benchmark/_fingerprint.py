@@ -44,19 +44,22 @@ _TRAINING = ("benchmark/_train.py", "benchmark/_data.py")
 
 
 @cache
-def fingerprint_code(training: bool = False) -> str:
+def fingerprint_code(training: bool = False, also: tuple[str, ...] = ()) -> str:
     """Return a fingerprint of this package's source: results of other code are not taken from a cache.
 
     Parameters
     ----------
     training
         Only of the code that trained models depend on, without metrics, references, figures and scoring.
+    also
+        Folders that count all the same.
     """
     root = Path(pertvae.__file__).parent
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if training and name.split("/")[0] in _NOT_TRAINING and name not in _TRAINING:
+        top = name.split("/")[0]
+        if training and top in _NOT_TRAINING and top not in also and name not in _TRAINING:
             continue
         digest.update(name.encode())
         digest.update(path.read_bytes())

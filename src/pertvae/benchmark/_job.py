@@ -18,7 +18,15 @@ from pertvae.benchmark._data import Data
 from pertvae.benchmark._duplicate import DUPLICATE, INTERPOLATED, ORACLE
 from pertvae.benchmark._external import External
 from pertvae.benchmark._fingerprint import fingerprint, fingerprint_code, versions
-from pertvae.benchmark._fit import run_duplicate, run_ensemble, run_external, run_model, run_oracle, run_reference
+from pertvae.benchmark._fit import (
+    fit_reference,
+    run_duplicate,
+    run_ensemble,
+    run_external,
+    run_model,
+    run_oracle,
+    run_reference,
+)
 from pertvae.benchmark._folds import Fold
 from pertvae.benchmark._prediction import Prediction, records
 from pertvae.benchmark._result import BenchmarkResult, Key
@@ -28,6 +36,7 @@ from pertvae.benchmark._strata import unit_table
 from pertvae.benchmark._train import fit_model
 from pertvae.datasets import Truth
 from pertvae.metrics import Metric
+from pertvae.reference import SCVIArithmetic
 
 NO_SEED = -1
 
@@ -101,8 +110,8 @@ class Job:
         if not bar.disable:
             n_units, n_genes = len(fold.units), int(scorer.genes.sum())
             bar.write(f"{fold.scheme}, fold {fold.index}: {n_units} held-out conditions, {n_genes} genes scored.")
-        for name, cls in self.references.items():
-            self._step(fold, name, "reference", NO_SEED, partial(run_reference, cls, data, scorer), bar)
+        for name in self.references:
+            self._step(fold, name, "reference", NO_SEED, partial(self._reference, name, scorer), bar)
         for name, interpolated in ((DUPLICATE, False), (INTERPOLATED, True)):
             self._step(fold, name, "duplicate", NO_SEED, partial(run_duplicate, scorer, interpolated), bar)
         if self.truth is not None:
@@ -117,6 +126,22 @@ class Job:
                 compute = partial(self._ensemble, name, scorer, fitted, bar)
                 self._step(fold, ensemble_name(name), "model", NO_SEED, compute, bar)
         scorer.release()
+
+    def _reference(self, name: str, scorer: Scorer) -> Prediction:
+        """Fit a reference, or take from disk one that takes long to fit, and score it."""
+        make, settings = self.references[name], self._data_settings(scorer.fold)
+        settings |= {"code": fingerprint_code(training=True, also=("reference",)), "reference": _words(make)}
+        key = f"{_safe(name)}-{fingerprint(settings)}"
+        kept = self.store.read_pickle(key)
+        if kept is None:
+            start = time.perf_counter()
+            reference = fit_reference(make, self.data, scorer)
+            kept = reference, time.perf_counter() - start
+            if isinstance(reference, SCVIArithmetic):
+                self.store.write_pickle(key, *kept)
+        prediction = run_reference(kept[0], self.data, scorer)
+        prediction.seconds["fit"] = kept[1]
+        return prediction
 
     def _single(self, name: str, seed: int, scorer: Scorer, fitted: dict[int, Any], bar: Any) -> Prediction:
         """Train a model from one seed and score it; for an ensemble it is kept in ``fitted``."""
@@ -184,20 +209,26 @@ class Job:
         bar.set_postfix_str("")
         bar.update()
 
-    def _fit_settings(self, fold: Fold, name: str, seed: Any) -> dict[str, Any]:
-        """Return everything that a trained model depends on."""
-        data, cls = self.data, self.models[name]
+    def _data_settings(self, fold: Fold) -> dict[str, Any]:
+        """Return what every fit depends on."""
+        data = self.data
         return {
             "data": self.fingerprint,
-            "code": fingerprint_code(training=True),
             "versions": versions(),
+            "setup": [data.perturbation_key, data.control, data.sep, data.labels_key, data.batch_key],
+            # by cell: splits of other cells often have the same sizes
+            "split": int(pd.util.hash_pandas_object(fold.split.astype(str)).sum()),
+        }
+
+    def _fit_settings(self, fold: Fold, name: str, seed: Any) -> dict[str, Any]:
+        """Return everything that a trained model depends on."""
+        cls = self.models[name]
+        return self._data_settings(fold) | {
+            "code": fingerprint_code(training=True),
             "class": f"{cls.__module__}.{cls.__qualname__}",
             "model_kwargs": self._own(self.model_kwargs, name),
             "train_kwargs": self._own(self.train_kwargs, name),
-            "setup": [data.perturbation_key, data.control, data.sep, data.labels_key, data.batch_key],
-            "setup_kwargs": dict(data.setup_kwargs),
-            # by cell: splits of other cells often have the same sizes
-            "split": int(pd.util.hash_pandas_object(fold.split.astype(str)).sum()),
+            "setup_kwargs": dict(self.data.setup_kwargs),
             "seed": seed,
         }
 
@@ -213,16 +244,12 @@ class Job:
             of_method = self._fit_settings(fold, single, seed if single == name else list(self.seeds))
         else:
             of_method = {"reference": _words(self.references[name]) if name in self.references else name}
-        settings = {
+        settings = self._data_settings(fold) | {
             "method": of_method,
-            "data": self.fingerprint,
             "code": fingerprint_code(),
-            "versions": versions(),
-            "setup": [data.perturbation_key, data.control, data.sep, data.labels_key, data.batch_key],
             "n_cells": data.n_cells,
             "metrics": [m.name for m in self.metrics],
             "units": [u.name for u in fold.units],
-            "split": int(pd.util.hash_pandas_object(fold.split.astype(str)).sum()),
             "common": int(pd.util.hash_pandas_object(pd.Series(fold.common_rows(), fold.split.index)).sum()),
             "draws": self.scorers[fold.scheme, fold.index].keep_draws,
             "programs": fold.index == 0 and seed == self.seeds[0] if self.seeds else False,

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test slow lint format docs clean
 
 help:
-	@echo "make demo    simulate a screen, train SAMS-VAE, write a report to results/demo"
+	@echo "make demo    simulate a screen, train SAMS-VAE and its siblings, write a report to results/demo"
 	@echo "make test    fast tests"
 	@echo "make slow    long tests"
 	@echo "make lint    ruff and mypy"
@@ -31,7 +31,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-test
 	@touch $@
 
 demo: $(VENV)/.installed-test
-	$(BIN)/pertvae benchmark --simulate --models samsvae --seeds 0 --out results/demo
+	$(BIN)/pertvae benchmark --simulate --models samsvae cpavae svaeplus conditionalvae --seeds 0 --out results/demo
 
 # Workers times threads is the number of cores, never more.
 test slow: export OMP_NUM_THREADS ?= 1

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import pandas as pd
 import torch
 from _common import RESULTS
 
@@ -81,7 +80,11 @@ def jobs(names: list[str]) -> dict[str, dict[str, Any]]:
                 "n_cells": 1000,
                 **options,
             }
-    return {n: o for n, o in every.items() if not names or any(n == a or n.startswith(f"{a}_") for a in names)}
+    return {
+        n: o
+        for n, o in every.items()
+        if not names or any(n == a or (n.startswith(f"{a}_") and n[-1].isdigit()) for a in names)
+    }
 
 
 def run(
@@ -125,9 +128,9 @@ def main() -> None:
         if given.train_only:
             continue
         result.save(folder)
-        kept = [result.compare(m) for m in result.metrics if result.has_conditions(m)]
+        paired = result.compare([m for m in result.metrics if result.has_conditions(m)])
         result.summary().round(4).to_csv(RESULTS / f"comparison_{name}_summary.csv", index=False)
-        pd.concat(kept).round(4).to_csv(RESULTS / f"comparison_{name}_paired.csv", index=False)
+        paired.round(4).to_csv(RESULTS / f"comparison_{name}_paired.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def best_reference(result: BenchmarkResult, scheme: str, metric: str | None = No
     if metric is None:
         return None
     compared = result.compare(metric)
-    best = compared[(compared["scheme"] == scheme) & compared["best_reference"]] if len(compared) else compared
+    best = compared[(compared["scheme"] == scheme) & compared["best_reference"]]
     return None if best.empty else str(best["reference"].iloc[0])
 
 

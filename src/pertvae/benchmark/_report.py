@@ -114,7 +114,7 @@ def write_files(result: BenchmarkResult, folder: Path) -> Path:
     tables = {
         "table": result.table,
         "summary": result.summary(),
-        "comparison": pd.concat([result.compare(m) for m in per_condition]) if per_condition else pd.DataFrame(),
+        "comparison": result.compare(per_condition),
         "strata": pd.concat(sizes) if sizes and len(result.units) else pd.DataFrame(),
         "dynamic_range": result.dynamic_range(),
         "units": result.units,
@@ -153,13 +153,11 @@ def verdicts(result: BenchmarkResult) -> list[str]:
     """Return one plain sentence a scheme and model: better than, no different from, or worse than the references."""
     metric = headline(result)
     sentences = []
-    compared = result.compare(metric) if metric is not None else pd.DataFrame()
+    compared = result.compare([] if metric is None else metric)
     for scheme in result.schemes:
         what = SCHEME_WORDS.get(scheme, scheme)
         for model in result.names("model"):
-            rows = (
-                compared[(compared["scheme"] == scheme) & (compared["model"] == model)] if len(compared) else compared
-            )
+            rows = compared[(compared["scheme"] == scheme) & (compared["model"] == model)]
             sentences.append(_sentence(model, what, rows, metric))
     return sentences or [f"Only references were run ({', '.join(result.names('reference'))}); there is no verdict."]
 

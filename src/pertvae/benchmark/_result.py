@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,13 +173,13 @@ class BenchmarkResult:
                     rows.append({**row, "n_seeds": int(seeds[model])})
         return pd.DataFrame(rows)
 
-    def compare(self, metric: str = HEADLINE) -> pd.DataFrame:
+    def compare(self, metric: str | Sequence[str] = HEADLINE) -> pd.DataFrame:
         """Return each model minus each reference, paired by condition.
 
         Parameters
         ----------
         metric
-            Name of a metric that has a value for each condition.
+            Name of a metric that has a value for each condition, or several.
 
         Returns
         -------
@@ -192,42 +192,30 @@ class BenchmarkResult:
         Raises
         ------
         KeyError
-            If the metric was not run.
+            If a metric was not run.
         """
-        rows = []
-        for scheme in self.schemes:
-            matrix = self.by_condition(metric, scheme)
-            references = [r for r in self.names("reference") if r in matrix]
-            means = {r: loss(metric, matrix[r]).mean() for r in references}
-            usable = {r: m for r, m in means.items() if np.isfinite(m)}
-            best = min(usable, key=lambda r: usable[r]) if usable else None
-            for model in (m for m in self.names("model") if m in matrix):
-                for reference in references:
-                    difference = comparable(metric, matrix[model]) - comparable(metric, matrix[reference])
-                    a, b = (self._draws(metric, scheme, m) for m in (model, reference))
-                    drawn = None
-                    if a is not None and b is not None:
-                        drawn = comparable(metric, a) - comparable(metric, b)
-                    i = mean_interval(difference, drawn)
-                    both = matrix[[model, reference]].dropna()
-                    rows.append(
-                        {
-                            "scheme": scheme,
-                            "model": model,
-                            "reference": reference,
-                            "best_reference": reference == best,
-                            "metric": metric,
-                            "model_value": both[model].mean(),
-                            "reference_value": both[reference].mean(),
-                            "difference": i.value,
-                            "lower": i.lower,
-                            "upper": i.upper,
-                            "interval": i.kind,
-                            "n_conditions": i.n,
-                            "verdict": _verdict(metric, i.lower, i.upper, i.n),
-                        }
-                    )
+        metrics = [metric] if isinstance(metric, str) else list(metric)
+        rows = [row for m in metrics for scheme in self.schemes for row in self._compared(m, scheme)]
         return pd.DataFrame(rows, columns=_COMPARED)
+
+    def _compared(self, metric: str, scheme: str) -> Iterator[list[Any]]:
+        matrix = self.by_condition(metric, scheme)
+        references = [r for r in self.names("reference") if r in matrix]
+        means = {r: loss(metric, matrix[r]).mean() for r in references}
+        usable = {r: m for r, m in means.items() if np.isfinite(m)}
+        best = min(usable, key=lambda r: usable[r]) if usable else None
+        for model in (m for m in self.names("model") if m in matrix):
+            for reference in references:
+                difference = comparable(metric, matrix[model]) - comparable(metric, matrix[reference])
+                a, b = (self._draws(metric, scheme, m) for m in (model, reference))
+                drawn = None if a is None or b is None else comparable(metric, a) - comparable(metric, b)
+                i = mean_interval(difference, drawn)
+                both = matrix[[model, reference]].dropna().mean()
+                verdict = _verdict(metric, i.lower, i.upper, i.n)
+                yield [
+                    *(scheme, model, reference, reference == best, metric, both[model], both[reference]),
+                    *(i.value, i.lower, i.upper, i.kind, i.n, verdict),
+                ]
 
     def strata(self, metric: str = HEADLINE, by: str = EFFECT_SIZE) -> pd.DataFrame:
         """Return one metric by how large an effect is, or how far from additive.

@@ -75,7 +75,7 @@ def verdict_table(result: BenchmarkResult, scheme: str) -> str:
     metrics = [m for m in main_metrics(result.metrics) if result.has_conditions(m)]
     if not metrics or not result.names("model"):
         return ""
-    compared = pd.concat([result.compare(m) for m in metrics])
+    compared = result.compare(metrics)
     compared = compared[(compared["scheme"] == scheme) & compared["best_reference"]]
     rows = []
     for model in result.names("model"):

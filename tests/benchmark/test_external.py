@@ -88,7 +88,7 @@ def test_another_file_is_scored_again(screen, outside, tmp_path):
     [
         (lambda a: a[a.obs["perturbation"] != a.obs["perturbation"].iloc[0]].copy(), "has no cells of"),
         (lambda a: a[:, 3:].copy(), "lacks 3 genes"),
-        (lambda a: AnnData(X=a.X.toarray() - 1, obs=a.obs, var=a.var), "log-transformed, negative"),
+        (lambda a: AnnData(X=a.X.toarray() - 1, obs=a.obs, var=a.var), "negative or non-finite"),
         (lambda a: AnnData(X=a.X, obs=a.obs.rename(columns={"perturbation": "perturbatio"}), var=a.var), "perturbatio"),
     ],
 )
@@ -97,6 +97,26 @@ def test_what_is_wrong_is_a_row_that_says_so(screen, outside, spoil, message):
     failed = result.fits[result.fits["status"] == "failed"]
     assert list(failed["model"]) == ["tool"]
     assert message in failed["error"].item()
+
+
+def test_log_values_are_scored_by_their_means(screen, outside):
+    """A tool that predicts log1p CP10k says so as scanpy does; without a word its values are no counts."""
+    logged = AnnData(np.log1p(outside.X.toarray() / outside.X.sum(axis=1) * 1e4), outside.obs, outside.var)
+    logged.X = np.asarray(logged.X)
+    result = run(screen, {"tool": logged}, metrics=["l2_profile", "energy_distance"])
+    assert "not whole numbers" in result.fits.loc[result.fits["status"] == "failed", "error"].item()
+    logged.uns["log1p"] = {}
+    marked = run(screen, {"tool": logged, "cells": outside}, metrics=["l2_profile", "l2_delta", "energy_distance"])
+    means = marked.summary().pivot(index="model", columns="metric", values="value")
+    for metric in ("l2_profile", "l2_delta"):  # the same means, from counts or from their logarithms
+        assert means.loc["tool", metric] == pytest.approx(means.loc["cells", metric], rel=1e-5)
+    assert np.isnan(means.loc["tool", "energy_distance"])
+    assert np.isfinite(means.loc["cells", "energy_distance"])
+
+
+def test_one_prediction_for_several_folds_is_warned_of(screen, outside):
+    with pytest.warns(UserWarning, match="one prediction for 2 folds"):
+        run(screen, {"tool": outside}, n_folds=2, metrics=["l2_profile"])
 
 
 def test_names_are_free(screen, outside):

@@ -101,13 +101,15 @@ def test_few_conditions_resample_cells_and_are_not_judged():
     assert "No verdict: fewer than 5 conditions" in verdicts(result)[0]
 
 
-def test_interval_of_a_mean_has_its_coverage():
+@pytest.mark.parametrize("n", [5, 8, 30])
+def test_interval_of_a_mean_has_its_coverage(n):
+    """Plain percentiles of a bootstrap miss the mean in 16% of the samples of five."""
     rng = np.random.default_rng(4)
     inside = 0
-    for _ in range(200):
-        i = mean_interval(pd.Series(rng.normal(0, 1, 30)), n_boot=400)
+    for _ in range(400):
+        i = mean_interval(pd.Series(rng.normal(0, 1, n)))
         inside += i.lower < 0 < i.upper
-    assert 0.88 <= inside / 200 <= 0.99
+    assert 0.92 <= inside / 400 <= 0.98
 
 
 def test_one_condition_without_draws_has_no_interval():
@@ -124,3 +126,37 @@ def test_unknown_names_are_hinted():
         result.by_condition("l2_profil")
     with pytest.raises(KeyError, match="scheme 'rand'"):
         result.by_condition(scheme="rand")
+
+
+def test_distances_from_one_are_taken_before_the_mean():
+    """Slopes of 0.2 and 1.8 are as wrong as 0.2 and 0.2."""
+    result = made({"net": [0.2, 1.8] * 5, "Near": [0.9, 1.1] * 5}, metric="slope")
+    row = result.compare("slope").iloc[0]
+    assert row["model_value"] == pytest.approx(0.8)
+    assert row["reference_value"] == pytest.approx(0.1)
+    assert row["verdict"] == "worse"
+    seeds = made({"net": [0.5] * 6, "Near": [0.8] * 6}, metric="slope", seeds=(0, 10))  # the second seed is 1.5
+    assert seeds.compare("slope")["model_value"].item() == pytest.approx(0.5)
+
+
+def test_a_reference_that_failed_where_it_is_hard_is_not_the_best():
+    values = {"net": [1.0, 1.0, 1.0, 9.0, 9.0, 9.0], "Whole": [2.0, 2.0, 2.0, 8.0, 8.0, 8.0], "Part": [3.0] * 3}
+    compared = made(values).compare()
+    assert compared.loc[compared["best_reference"], "reference"].tolist() == ["Whole"]
+
+
+def test_nothing_scored_has_the_columns_all_the_same():
+    result = made({"net": [1.0], "Ref": [1.0]})
+    result.table["status"] = "failed"
+    assert list(result.summary().columns)[:3] == ["scheme", "model", "kind"]
+    assert result.dynamic_range().empty
+    assert list(result.compare([]).columns)[0] == "scheme"
+
+
+def test_a_positive_control_below_the_negative_one_measures_nothing():
+    values = {"net": [2.0] * 5, "Mean": [3.0] * 5, "duplicate": [4.0] * 5}
+    result = made(values)
+    result.table.loc[result.table["model"] == "duplicate", "kind"] = "duplicate"
+    table = result.dynamic_range()
+    assert table["normalised"].isna().all()
+    assert table["dynamic_range"].isna().all()

@@ -19,6 +19,7 @@ from pertvae._labels import hint, require_column
 from pertvae._predictions import Block, prediction_anndata
 from pertvae.benchmark._fingerprint import fingerprint_data
 from pertvae.benchmark._score import Scorer
+from pertvae.metrics import registry
 
 FOLD_MARK = "{fold}"
 
@@ -37,6 +38,11 @@ class External:
 
     name: str
     source: AnnData | str
+
+    @property
+    def of_fold(self) -> bool:
+        """Whether every fold has a file of its own."""
+        return isinstance(self.source, str) and FOLD_MARK in self.source
 
     @property
     def words(self) -> str:
@@ -65,9 +71,14 @@ class External:
             return fingerprint_data(self.read(fold), list(self.read(fold).obs.columns))
         return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
-    def predicted(self, scorer: Scorer) -> dict[str, AnnData]:
-        """Return by context what was predicted for the units of a fold, as a prediction that can be scored."""
+    def predicted(self, scorer: Scorer) -> tuple[dict[str, AnnData], list[str] | None]:
+        """Return by context what was predicted for the units of a fold, and the metrics it can be scored on.
+
+        Counts are scored as cells. Means of log1p CP10k, marked as scanpy does with ``uns["log1p"]``, are scored as
+        they are: turned into counts they would sum to something else, so metrics of cells are left out.
+        """
         adata = self.read(scorer.fold.index)
+        adata = adata.to_memory() if adata.isbacked else adata
         where = f"obs of external {self.name!r}"
         key = scorer.perturbation_key
         require_column(adata.obs, key, where, "perturbation_key")
@@ -80,7 +91,8 @@ class External:
                 f"external {self.name!r} lacks {len(lost)} genes of the screen, first {lost[0]!r}: log1p CP10k is "
                 f"taken over all genes, so all of them are needed.{hint(lost[0], adata.var_names)}"
             )
-        _check_counts(adata, self.name)
+        logged = "log1p" in adata.uns
+        _check_values(adata, self.name, logged)
         labels = scorer.canonical(adata.obs[key])
         contexts = np.full(adata.n_obs, "")
         if scorer.labels_key is not None:
@@ -97,10 +109,11 @@ class External:
                     f"({len(absent)} of {len(asked)} held-out conditions are missing)."
                     f"{hint(absent[0], np.unique(labels[here]))}"
                 )
-            found[context] = _as_prediction(
-                adata[:, genes], rows, here & (labels == scorer.control[0]), scorer, context
-            )
-        return found
+            own_controls = here & (labels == scorer.control[0])
+            make = _as_profiles if logged else _as_prediction
+            found[context] = make(adata[:, genes], rows, own_controls, scorer, context)
+        without = {"cells", "controls"}
+        return found, [m for m in scorer.usable if not registry[m].needs & without] if logged else None
 
 
 def _as_prediction(
@@ -127,12 +140,31 @@ def _as_prediction(
     return prediction_anndata(blocks, controls, var, scorer.perturbation_key, table, "external", {"model": "external"})
 
 
-def _check_counts(adata: AnnData, name: str) -> None:
+def _as_profiles(
+    adata: AnnData, rows: Mapping[str, np.ndarray], own_controls: np.ndarray, scorer: Scorer, context: str
+) -> AnnData:
+    """Return mean log values as a prediction without cells; shifts are against the same controls as those of cells."""
+    x = adata.X
+
+    def mean(index: np.ndarray) -> np.ndarray:
+        return np.asarray(x[index].mean(axis=0), dtype=np.float64).ravel()
+
+    if own_controls.any():
+        base = mean(np.flatnonzero(own_controls))
+    else:
+        base = mean_profile(scorer.adata.X, scorer.control_rows(context, "train"))
+    profiles = np.stack([mean(index) for index in rows.values()])
+    return scorer.as_prediction(pd.DataFrame(profiles - base, list(rows), adata.var_names), base, "external")
+
+
+def _check_values(adata: AnnData, name: str, logged: bool) -> None:
     values = adata.X.data if sp.issparse(adata.X) else np.asarray(adata.X)
-    if "log1p" in adata.uns or (values.size and (not np.isfinite(values).all() or values.min() < 0)):
+    if values.size and (not np.isfinite(values).all() or values.min() < 0):
+        raise ValueError(f"external {name!r} holds negative or non-finite values in X: put predicted counts there.")
+    if not logged and (values != np.round(values)).any():
         raise ValueError(
-            f"external {name!r} holds log-transformed, negative or non-finite values in X: predictions are scored as "
-            "counts. Put predicted counts in X."
+            f"external {name!r} holds values in X that are not whole numbers: predicted counts are scored. If X is "
+            "log1p of counts per 10,000, say so with uns['log1p'] = {} as scanpy does: its means are scored then."
         )
 
 

@@ -143,7 +143,7 @@ def paired_figure(result: BenchmarkResult, scheme: str, model: str, reference: s
     limits = (low - margin, high + margin)
     ax.plot(limits, limits, color=MUTED, linewidth=1, zorder=0)
     ax.scatter(x, y, s=30, color=COLORS[1], edgecolors="white", linewidths=0.6)
-    _name_points(ax, pairs.index.astype(str).str.split(":", n=1).str[1], x, y, limits)
+    _name_points(ax, pairs.index.astype(str), x, y, limits)
     ax.set_xlim(limits)
     ax.set_ylim(limits)
     ax.set_aspect("equal")

@@ -116,7 +116,7 @@ def run_reference(reference: Any, data: Data, scorer: Scorer) -> Prediction:
 
 def run_external(external: External, scorer: Scorer) -> Prediction:
     """Score what an outside tool predicted."""
-    prediction = _scored(scorer, external.predicted(scorer))
+    prediction = _scored(scorer, *external.predicted(scorer))
     prediction.seconds = {"fit": np.nan, "predict": np.nan}
     return prediction
 

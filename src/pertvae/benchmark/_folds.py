@@ -162,6 +162,7 @@ def make_folds(
     conditions = canonical_labels(adata.obs[perturbation_key], control, sep)
     for i, (split, summary) in enumerate(splits):
         units, left_out = _units(summary)
+        units, left_out = _with_controls(units, left_out, summary)
         if not units:
             raise ValueError(
                 f"scheme={scheme!r}, fold {i}: no held-out condition has {MIN_CELLS} cells or more, so nothing can be "
@@ -211,6 +212,16 @@ def _units(summary: pd.DataFrame) -> tuple[list[Unit], list[str]]:
         else:
             left_out.append(unit.name)
     return units, left_out
+
+
+def _with_controls(units: list[Unit], left_out: list[str], summary: pd.DataFrame) -> tuple[list[Unit], list[str]]:
+    """Leave out units of contexts without training controls: there is nothing to predict them from."""
+    if "context" not in summary:
+        return units, left_out
+    controls = summary[(summary["n_components"] == 0) & (summary["split"] == "train")]
+    have = set(controls["context"].astype(str))
+    without = [f"{u.name} (no training controls)" for u in units if u.context not in have]
+    return [u for u in units if u.context in have], [*left_out, *without]
 
 
 def _training_combinations(split: pd.Series, conditions: pd.Series, sep: str | None, seed: Sequence[int]) -> list[str]:

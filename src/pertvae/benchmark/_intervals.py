@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from pertvae.metrics import bootstrap_interval
+
 CONFIDENCE = 0.95
 MIN_CONDITIONS = 5
 """With fewer conditions than this their spread says nothing: the held-out cells are resampled instead."""
-N_BOOT = 2000
 OVER_CONDITIONS = "conditions"
 OVER_CELLS = "cells"
 NO_INTERVAL = "none"
@@ -39,8 +40,8 @@ class Interval:
     n: int
 
 
-def mean_interval(values: pd.Series, draws: pd.DataFrame | None = None, n_boot: int = N_BOOT) -> Interval:
-    """Return the mean of one value a condition and its percentile interval.
+def mean_interval(values: pd.Series, draws: pd.DataFrame | None = None) -> Interval:
+    """Return the mean of one value a condition and its bootstrap interval.
 
     Calls with the same conditions resample the same ones, so intervals of two methods are comparable, and the
     interval of a difference is that of a paired bootstrap.
@@ -52,8 +53,6 @@ def mean_interval(values: pd.Series, draws: pd.DataFrame | None = None, n_boot: 
     draws
         The same with the held-out cells resampled: conditions x draws; used when there are fewer than
         ``MIN_CONDITIONS`` conditions.
-    n_boot
-        Resamplings of the conditions.
     """
     values = values.dropna().sort_index()
     n = len(values)
@@ -61,9 +60,7 @@ def mean_interval(values: pd.Series, draws: pd.DataFrame | None = None, n_boot: 
         return Interval(np.nan, np.nan, np.nan, NO_INTERVAL, 0)
     x = values.to_numpy(dtype=float)
     if n >= MIN_CONDITIONS:
-        picks = np.random.default_rng(0).integers(0, n, size=(n_boot, n))
-        lower, upper = percentiles(x[picks].mean(axis=1))
-        return Interval(float(x.mean()), lower, upper, OVER_CONDITIONS, n)
+        return Interval(*bootstrap_interval(x, level=CONFIDENCE), OVER_CONDITIONS, n)
     if draws is None or draws.empty or not values.index.isin(draws.index).all():
         return Interval(float(x.mean()), np.nan, np.nan, NO_INTERVAL, n)
     # Drawing cells again adds the sampling noise a second time, which moves distances upward: the spread of the draws

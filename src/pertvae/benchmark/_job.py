@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +19,7 @@ from pertvae.benchmark._cloud import Cloud
 from pertvae.benchmark._data import Data
 from pertvae.benchmark._duplicate import DUPLICATE, INTERPOLATED, ORACLE
 from pertvae.benchmark._external import External
-from pertvae.benchmark._fingerprint import fingerprint, fingerprint_code, versions
+from pertvae.benchmark._fingerprint import content, fingerprint, fingerprint_code, versions
 from pertvae.benchmark._fit import (
     fit_reference,
     run_duplicate,
@@ -130,7 +132,10 @@ class Job:
     def _reference(self, name: str, scorer: Scorer) -> Prediction:
         """Fit a reference, or take from disk one that takes long to fit, and score it."""
         make, settings = self.references[name], self._data_settings(scorer.fold)
-        settings |= {"code": fingerprint_code(training=True, also=("reference",)), "reference": _words(make)}
+        settings |= {
+            "code": fingerprint_code(training=True, also=("reference", "benchmark/_fit.py")),
+            "reference": make,
+        }
         key = f"{_safe(name)}-{fingerprint(settings)}"
         kept = self.store.read_pickle(key)
         if kept is None:
@@ -186,7 +191,10 @@ class Job:
             on_epoch=report,
         )
         seconds = time.perf_counter() - start
-        self.store.write(key, model, seconds)
+        try:
+            self.store.write(key, model, seconds)
+        except (OSError, RuntimeError, TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
+            warnings.warn(f"{name} can not be kept in {self.store.folder}: {error}", UserWarning, stacklevel=2)
         return model, seconds
 
     def _step(self, fold: Fold, name: str, kind: str, seed: int, compute: Callable[[], Prediction], bar: Any) -> None:
@@ -222,10 +230,9 @@ class Job:
 
     def _fit_settings(self, fold: Fold, name: str, seed: Any) -> dict[str, Any]:
         """Return everything that a trained model depends on."""
-        cls = self.models[name]
         return self._data_settings(fold) | {
             "code": fingerprint_code(training=True),
-            "class": f"{cls.__module__}.{cls.__qualname__}",
+            "class": content(self.models[name]),
             "model_kwargs": self._own(self.model_kwargs, name),
             "train_kwargs": self._own(self.train_kwargs, name),
             "setup_kwargs": dict(self.data.setup_kwargs),
@@ -243,12 +250,12 @@ class Job:
         elif kind == "model":
             of_method = self._fit_settings(fold, single, seed if single == name else list(self.seeds))
         else:
-            of_method = {"reference": _words(self.references[name]) if name in self.references else name}
+            of_method = {"reference": self.references.get(name, name)}
         settings = self._data_settings(fold) | {
             "method": of_method,
             "code": fingerprint_code(),
             "n_cells": data.n_cells,
-            "metrics": [m.name for m in self.metrics],
+            "metrics": [[m.name, content(m.function)] for m in self.metrics],
             "units": [u.name for u in fold.units],
             "common": int(pd.util.hash_pandas_object(pd.Series(fold.common_rows(), fold.split.index)).sum()),
             "draws": self.scorers[fold.scheme, fold.index].keep_draws,
@@ -316,10 +323,3 @@ class Job:
 def _safe(name: str) -> str:
     """Return a name that can stand in the name of a file."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-def _words(reference: Any) -> list[str]:
-    """Return what tells one reference from another: its class and the arguments that were put to it."""
-    arguments = (getattr(reference, "args", ()), getattr(reference, "keywords", {}))
-    cls = getattr(reference, "func", reference)
-    return [f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', repr(cls))}", repr(arguments)]

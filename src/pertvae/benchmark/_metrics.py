@@ -78,8 +78,8 @@ _PLAIN = {
     ),
     "discrimination_score": (
         "telling conditions apart (cosine)",
-        "Is the predicted shift nearer to the observed shift of its own condition than to those of the others? 0.5 is "
-        "chance. It saturates where effects are strong.",
+        "Is the predicted shift nearer to the observed shift of its own condition than to those of the others? Chance "
+        "is (P + 1) / 2P with P conditions in a fold, near 0.5 with many. It saturates where effects are strong.",
     ),
     "discrimination_score_l1": (
         "telling conditions apart (L1)",

@@ -129,15 +129,17 @@ def write_files(result: BenchmarkResult, folder: Path) -> Path:
     for name, figure in drawn.items():
         target = folder / "figures"
         target.mkdir(exist_ok=True)
-        figure.savefig(target / f"{name}.png", dpi=150, bbox_inches="tight")
-        figure.savefig(target / f"{name}.svg", bbox_inches="tight")
+        file = name.replace("/", "_")  # a name of a model may hold one
+        figure.savefig(target / f"{file}.png", dpi=150, bbox_inches="tight")
+        figure.savefig(target / f"{file}.svg", bbox_inches="tight")
     return write_report(result, folder / "report.html", drawn)
 
 
 _DUPLICATE_NOTE = (
     "'Other half of the same cells' splits the held-out cells of a condition at random and lets one half predict the "
-    "other: what a repeat of the experiment would score. Its truth has half the cells, so a method that averages "
-    "noise away can do better than it. 'Truth of the simulation' is the expected profile of the simulated screen: no "
+    "other. Both have half of the cells, and half of the held-out controls, so it scores worse than a repeat of the "
+    "whole experiment would, and a method that averages noise away can do better. 'Truth of the simulation' is the "
+    "expected profile of the simulated screen: no "
     "method can be expected to do better. The interpolated duplicate takes from the half only what differs from the "
     "mean of the training perturbations for sure, and that mean elsewhere."
 )

@@ -18,6 +18,7 @@ from pertvae.benchmark._score import POOLED
 from pertvae.benchmark._strata import EFFECT_SIZE, NON_ADDITIVITY, between_controls, stratified
 
 HEADLINE = "l2_profile"
+_SUMMARISED = "scheme model kind metric value lower upper interval n_conditions n_seeds".split()
 _COMPARED = (
     "scheme model reference best_reference metric model_value reference_value difference lower upper interval "
     "n_conditions verdict"
@@ -122,12 +123,17 @@ class BenchmarkResult:
         KeyError
             If the metric or the scheme was not run.
         """
-        scheme = self._scheme(scheme)
+        return self._matrix(metric, self._scheme(scheme))
+
+    def _matrix(self, metric: str, scheme: str, distance: bool = False) -> pd.DataFrame:
+        """Return conditions x methods; with ``distance`` each fit's distance from 1 where 1 is best, then averaged."""
         if metric not in self.metrics:
             raise KeyError(f"The metric {metric!r} is not in the table.{hint(metric, self.metrics)}")
         table = self.largest.table
         rows = table[(table["scheme"] == scheme) & (table["metric"] == metric)]
         rows = rows[(rows["status"] == "ok") & (rows["condition"] != POOLED)]
+        if distance:
+            rows = rows.assign(value=comparable(metric, rows["value"]))
         return rows.pivot_table(index="unit", columns="model", values="value").rename_axis(None)
 
     def summary(self) -> pd.DataFrame:
@@ -171,7 +177,7 @@ class BenchmarkResult:
                     else:
                         continue
                     rows.append({**row, "n_seeds": int(seeds[model])})
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=_SUMMARISED)
 
     def compare(self, metric: str | Sequence[str] = HEADLINE) -> pd.DataFrame:
         """Return each model minus each reference, paired by condition.
@@ -199,17 +205,18 @@ class BenchmarkResult:
         return pd.DataFrame(rows, columns=_COMPARED)
 
     def _compared(self, metric: str, scheme: str) -> Iterator[list[Any]]:
-        matrix = self.by_condition(metric, scheme)
+        if metric not in self.metrics:
+            raise KeyError(f"The metric {metric!r} is not in the table.{hint(metric, self.metrics)}")
+        matrix = self._matrix(metric, scheme, distance=True)
         references = [r for r in self.names("reference") if r in matrix]
-        means = {r: loss(metric, matrix[r]).mean() for r in references}
-        usable = {r: m for r, m in means.items() if np.isfinite(m)}
-        best = min(usable, key=lambda r: usable[r]) if usable else None
+        # a reference that failed where it is hard must not be the best for it
+        shared = matrix[references].dropna()
+        means = loss(metric, shared if len(shared) else matrix[references], difference=True).mean()
+        best = means.idxmin() if means.notna().any() else None
         for model in (m for m in self.names("model") if m in matrix):
             for reference in references:
-                difference = comparable(metric, matrix[model]) - comparable(metric, matrix[reference])
-                a, b = (self._draws(metric, scheme, m) for m in (model, reference))
-                drawn = None if a is None or b is None else comparable(metric, a) - comparable(metric, b)
-                i = mean_interval(difference, drawn)
+                a, b = (self._draws(metric, scheme, m, distance=True) for m in (model, reference))
+                i = mean_interval(matrix[model] - matrix[reference], None if a is None or b is None else a - b)
                 both = matrix[[model, reference]].dropna().mean()
                 verdict = _verdict(metric, i.lower, i.upper, i.n)
                 yield [
@@ -262,11 +269,21 @@ class BenchmarkResult:
         DataFrame with the columns scheme, model, metric, value, negative, positive, ``normalised`` (0 as the negative
         control, 1 as the positive one; a method that averages noise away can exceed 1), ``dynamic_range`` (how far the
         positive control is on the way from the negative one to the best possible value: a metric with a small one tells
-        good from bad predictions badly; NaN where no value is the best). For metrics whose best value is 1 (``slope``)
+        good from bad predictions badly; NaN where no value is the best, and where the positive
+        control is not better than the negative one, as happens with few held-out cells or controls: each half of the
+        duplicate has half of them). For metrics whose best value is 1 (``slope``)
         values are distances from 1. Metrics without both controls are left out.
         """
-        summary = self.largest.summary()
-        return pd.concat([between_controls(summary, scheme) for scheme in self.schemes], ignore_index=True)
+        parts = []
+        for scheme in self.schemes:
+            values = {m: self._matrix(m, scheme, distance=True).mean() for m in self.metrics if self.has_conditions(m)}
+            pooled = self.largest.table[self.largest.table["condition"] == POOLED]
+            pooled = pooled[(pooled["scheme"] == scheme) & pooled["value"].notna()]
+            for metric, rows in pooled.groupby("metric"):
+                each = comparable(str(metric), rows["value"])
+                values.setdefault(str(metric), each.groupby(rows["model"]).mean())
+            parts.append(between_controls(pd.DataFrame(values).T, scheme))
+        return pd.concat(parts, ignore_index=True)
 
     def text(self) -> str:
         """Return the verdict and the headline scores as plain text.
@@ -351,7 +368,7 @@ class BenchmarkResult:
             raise KeyError(f"The scheme {scheme!r} was not run.{hint(scheme, self.schemes)}")
         return scheme
 
-    def _draws(self, metric: str, scheme: str, model: str) -> pd.DataFrame | None:
+    def _draws(self, metric: str, scheme: str, model: str, distance: bool = False) -> pd.DataFrame | None:
         """Return conditions x draws, averaged over seeds and folds; the same draws for every method."""
         if metric not in self.draws:
             return None
@@ -360,6 +377,7 @@ class BenchmarkResult:
         rows = drawn[(index.get_level_values("scheme") == scheme) & (index.get_level_values("model") == model)]
         if rows.empty:
             return None
+        rows = comparable(metric, rows) if distance else rows
         return rows.groupby(rows.index.get_level_values("unit").astype(str).to_numpy()).mean()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from pertvae.benchmark._folds import DEFAULT_SEEN, make_folds
 from pertvae.benchmark._intervals import MIN_CONDITIONS
 from pertvae.benchmark._job import Job
 from pertvae.benchmark._result import BenchmarkResult
-from pertvae.datasets import read_truth
+from pertvae.datasets._truth import is_simulated, read_truth
 from pertvae.metrics._registry import resolve
 
 
@@ -123,9 +124,10 @@ def run(
         For :func:`pertvae.pp.split_perturbations`: ``seen``, ``held_out``, ``test_fraction``, ``seed``, ...
     external
         Predictions of outside tools: name to AnnData, or to the path of an h5ad file, in which ``{fold}`` stands for
-        the number of the fold. Predicted counts in ``X``, all genes of the screen, ``obs[perturbation_key]`` (and
-        ``obs[labels_key]``) with every held-out condition. Control cells in it are what its shifts are measured
-        against; without any the training controls are. They are scored like models. What they were trained on can not
+        the number of the fold. Predicted counts in ``X`` (or log1p CP10k with ``uns["log1p"]``, whose means are scored
+        without metrics of cells), all genes of the screen, ``obs[perturbation_key]`` (and ``obs[labels_key]``) with
+        every held-out condition. Control cells in it are what its shifts are measured against; without any the
+        training controls are. They are scored like models. What they were trained on can not
         be checked: train them on the cells that ``result.splits`` calls ``train``.
     cache_dir
         Folder where every finished fit is kept, so that a run that was stopped resumes: scores, and trained models in
@@ -170,7 +172,7 @@ def run(
     if ensemble:
         check_ensemble(chosen, seeds, n_cells)
     data = read_data(adata, perturbation_key, control, layer, batch_key, labels_key, sep, n_cells, setup_kwargs or {})
-    truth = read_truth(adata) if "truth" in adata.uns and data.context_key is None else None
+    truth = read_truth(adata) if is_simulated(adata) and data.context_key is None else None
     schemes = [scheme] if isinstance(scheme, str) else list(scheme)
     folds = {
         name: make_folds(
@@ -187,9 +189,17 @@ def run(
         for name in schemes
     }
     joining = read_external(external, [*chosen, *fixed, DUPLICATE, INTERPOLATED, ORACLE])
+    every_fold = [f for of_scheme in folds.values() for f in of_scheme]
     for one in joining.values():
-        for fold in (f for of_scheme in folds.values() for f in of_scheme):
+        for fold in every_fold:
             one.path(fold.index)
+        if len(every_fold) > 1 and not one.of_fold:
+            warnings.warn(
+                f"external {one.name!r} is one prediction for {len(every_fold)} folds: it must not have been trained "
+                "on a cell that any of them holds out. Otherwise pass a file for each fold, {fold} in its name.",
+                UserWarning,
+                stacklevel=2,
+            )
     recorded: dict[str, Any] = {
         "title": title,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -247,7 +257,7 @@ def run(
                 jobs[fold.train_fraction].run_fold(fold, few, bar)
     for (name, i), scorer in jobs[fractions[-1]].scorers.items():
         recorded["scoring_genes"][f"{name}, fold {i}"] = int(scorer.genes.sum())
-        left = [*scorer.left_out, *(f"{u}: too few held-out cells" for u in scorer.fold.left_out)]
+        left = [*scorer.left_out, *(f"{u}: too few cells" for u in scorer.fold.left_out)]
         if left:
             recorded["left_out"][f"{name}, fold {i}"] = left
     return _joined({fraction: job.result(recorded) for fraction, job in jobs.items()})

@@ -9,7 +9,7 @@ from anndata import AnnData
 from pertvae._expression import mean_profile
 from pertvae.benchmark._duplicate import DUPLICATE, INTERPOLATED, N_HALVES, halves
 from pertvae.benchmark._intervals import mean_interval
-from pertvae.benchmark._metrics import best_value, comparable
+from pertvae.benchmark._metrics import best_value, loss
 from pertvae.benchmark._score import Scorer
 
 EFFECT_SIZE, NON_ADDITIVITY = "effect_size", "non_additivity"
@@ -65,7 +65,8 @@ def _shifts(half: AnnData, scorer: Scorer, context: str, number: int) -> dict[st
     if len(controls):
         base = mean_profile(half.X, controls)
     else:
-        base = mean_profile(scorer.adata.X, scorer.control_rows(context, "train")[number::2])
+        rows = scorer.control_rows(context, "train")
+        base = mean_profile(scorer.adata.X, rows[number::2] if len(rows) > 1 else rows)
     found = {}
     for unit in scorer.units(context):
         found[unit.label] = (mean_profile(half.X, np.flatnonzero(labels == unit.label)) - base)[scorer.genes]
@@ -104,27 +105,36 @@ def stratified(values: pd.DataFrame, sizes: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def between_controls(summary: pd.DataFrame, scheme: str) -> pd.DataFrame:
+def between_controls(wide: pd.DataFrame, scheme: str) -> pd.DataFrame:
     """Return scores of a scheme between a negative and a positive control, and the room there is between these.
 
-    See :meth:`pertvae.benchmark.BenchmarkResult.dynamic_range`, which this is for one scheme.
+    Parameters
+    ----------
+    wide
+        Mean of each method, metrics x methods; distances from 1 where 1 is best.
+    scheme
+        Name of the scheme.
+
+    Returns
+    -------
+    DataFrame
+        See :meth:`pertvae.benchmark.BenchmarkResult.dynamic_range`, which this is for one scheme.
     """
     columns = ["scheme", "model", "metric", "value", "negative", "positive", "normalised", "dynamic_range"]
-    wide = summary[summary["scheme"] == scheme].pivot(index="metric", columns="model", values="value")
     worst = "NoChange" if scheme == "unseen_context" else "Mean"
     if worst not in wide or DUPLICATE not in wide:
         return pd.DataFrame(columns=columns)
-    wide = wide.apply(lambda row: comparable(str(row.name), row), axis=1)
     positive = wide[DUPLICATE]
     if INTERPOLATED in wide:
         positive = wide[INTERPOLATED].fillna(positive)
     negative, best = wide[worst], pd.Series({m: best_value(str(m)) for m in wide.index})
-    span, room = positive - negative, best - negative
+    # a positive control that is no better than the negative one measures nothing
+    gains = pd.Series({m: -loss(str(m), positive[m] - negative[m], difference=True) for m in wide.index})
+    span, room = (positive - negative).where(gains > 0), best - negative
     room = (span / room).where(np.isfinite(room) & (room != 0))
-    table = wide.rename_axis(columns="model").stack().rename("value").reset_index()
+    long = wide.rename_axis(index="metric", columns="model").stack()
+    table = pd.DataFrame({"value": long}).reset_index()
     for name, values in (("negative", negative), ("positive", positive), ("dynamic_range", room)):
         table[name] = table["metric"].map(values)
-    table["normalised"] = ((table["value"] - table["negative"]) / table["metric"].map(span.where(span != 0))).astype(
-        float
-    )
+    table["normalised"] = ((table["value"] - table["negative"]) / table["metric"].map(span)).astype(float)
     return table.assign(scheme=scheme)[columns]

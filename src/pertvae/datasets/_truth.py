@@ -83,6 +83,12 @@ def write_truth(adata: ad.AnnData, truth: Truth) -> None:
     adata.uns[TRUTH_KEY] = group
 
 
+def is_simulated(adata: ad.AnnData) -> bool:
+    """Return whether ``adata`` carries the truth of a simulation of this package, not something else of that name."""
+    group = adata.uns.get(TRUTH_KEY)
+    return isinstance(group, Mapping) and {"kind", "shift_space", *_TABLES} <= set(group)
+
+
 def read_truth(adata: ad.AnnData) -> Truth:
     """Return the truth of a simulated screen.
 

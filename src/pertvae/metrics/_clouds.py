@@ -102,9 +102,8 @@ def _equal_numbers(comparison: Comparison, name: str, most: int | None) -> list[
     drawn = []
     for label, p, o in zip(comparison.conditions, *projected, strict=True):
         n = min(len(p), len(o)) if most is None else min(len(p), len(o), most)
-        sides = (("predicted", p), ("observed", o))
-        kept = [x[subsample(stream(0, f"{name} {side}", label), len(x), n)] for side, x in sides]
-        drawn.append((kept[0], kept[1]))
+        # predicted cells are in random order already, those of distinct sources first
+        drawn.append((p[:n], o[subsample(stream(0, f"{name} observed", label), len(o), n)]))
     return drawn
 
 

@@ -66,6 +66,9 @@ class Comparison:
         Cells a condition (CSR, cells x genes), at most ``max_cells`` of each, drawn without replacement.
     observed_weights
         Weight of each of the ``observed_cells`` in a resampling; ``None`` when every cell counts once.
+    predicted_sources
+        Code of the source of each of the ``predicted_cells``: cells of one source are no independent draws. Cells of
+        distinct sources come first, in random order. ``None`` when every cell has its own.
     cache
         For what a metric wants to keep between the resamplings of one comparison.
     predicted_controls, observed_controls
@@ -87,6 +90,7 @@ class Comparison:
     predicted_cells: list[sp.csr_matrix]
     observed_cells: list[sp.csr_matrix]
     observed_weights: list[np.ndarray] | None = None
+    predicted_sources: list[np.ndarray] | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
     predicted_controls: sp.csr_matrix | None = None
     observed_controls: sp.csr_matrix | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from sklearn.metrics.pairwise import euclidean_distances
 
@@ -63,6 +64,23 @@ def subsample(rng: np.random.Generator, n: int, most: int | None) -> np.ndarray:
     return np.arange(n) if most is None or n <= most else np.sort(rng.choice(n, size=most, replace=False))
 
 
+def spread(rng: np.random.Generator, sources: np.ndarray, most: int) -> np.ndarray:
+    """Return row numbers in random order, at most ``most``, the first cell of every source before any second one."""
+    order = rng.permutation(len(sources))
+    turn = pd.Series(sources[order]).groupby(sources[order]).cumcount().to_numpy()  # how many of its source came before
+    return order[np.argsort(turn, kind="stable")][:most]
+
+
+def apart(distances: np.ndarray, sources: np.ndarray) -> float:
+    """Return the mean over pairs of cells of different sources; NaN without any.
+
+    Cells made from one source cell resemble each other: as pairs they would make a sample look narrower than the law it
+    was drawn from.
+    """
+    pairs = sources[:, None] != sources[None, :]
+    return float(distances[pairs].mean()) if pairs.any() else float("nan")
+
+
 def weighted_within(distances: np.ndarray, weights: np.ndarray, unbiased: bool) -> float:
     """Return the mean distance within a sample whose cells count ``weights`` times.
 
@@ -89,7 +107,7 @@ class _Means(NamedTuple):
     between
         Mean over predicted cells for each observed cell.
     predicted
-        Mean over pairs of distinct predicted cells.
+        Mean over pairs of predicted cells that were not made from the same source cell.
     observed
         The value of each pair of observed cells, zero for a cell with itself.
     """
@@ -107,8 +125,8 @@ class _Means(NamedTuple):
         return 2 * float(self.between @ w) / float(w.sum()) - within
 
 
-def _means(between: np.ndarray, predicted: np.ndarray, observed: np.ndarray) -> _Means:
-    return _Means(between.mean(axis=0), weighted_within(predicted, np.ones(len(predicted)), True), observed)
+def _means(between: np.ndarray, predicted: np.ndarray, observed: np.ndarray, sources: np.ndarray) -> _Means:
+    return _Means(between.mean(axis=0), apart(predicted, sources), observed)
 
 
 def _kernel(squared: np.ndarray, gamma: float, *, within: bool) -> np.ndarray:
@@ -126,14 +144,18 @@ def _pairs(comparison: Comparison) -> list[tuple[_Means, _Means]]:
     """
     if "pairs of cells" not in comparison.cache:
         found = []
-        for x, y in zip(comparison.predicted_cells, comparison.observed_cells, strict=True):
+        for i, (x, y) in enumerate(zip(comparison.predicted_cells, comparison.observed_cells, strict=True)):
+            codes = comparison.predicted_sources
+            sources = np.arange(x.shape[0]) if codes is None else codes[i]
             between, predicted, observed = _distances(x, y, squared=True)
-            distances = _means(*(np.sqrt(d) for d in (between, predicted, observed)))
+            distances = _means(np.sqrt(between), np.sqrt(predicted), np.sqrt(observed), sources)
             others = observed[~np.eye(len(observed), dtype=bool)]
             width = float(np.median(others)) if len(others) else 0.0
             gamma = 0.5 / width if width > 0 else float("nan")
-            kernels = (_kernel(d, gamma, within=d is not between) for d in (between, predicted, observed))
-            found.append((distances, _means(*kernels)))
+            across, inside, outside = (
+                _kernel(d, gamma, within=d is not between) for d in (between, predicted, observed)
+            )
+            found.append((distances, _means(across, inside, outside, sources)))
         comparison.cache["pairs of cells"] = found
     return comparison.cache["pairs of cells"]
 
@@ -152,7 +174,10 @@ def _weights(comparison: Comparison) -> Sequence[np.ndarray | None]:
     needs=("cells",),
 )
 def _energy_distance(comparison: Comparison) -> np.ndarray:
-    """Energy distance of predicted and observed cells in log1p CP10k, unbiased; 0 for equal distributions."""
+    """Energy distance of predicted and observed cells in log1p CP10k, unbiased; 0 for equal distributions.
+
+    Means within a side go over pairs of distinct cells, within the prediction over pairs with different source cells.
+    """
     each = zip(_pairs(comparison), _weights(comparison), strict=True)
     return np.array([distances.contrast(w) for (distances, _), w in each])
 
@@ -169,8 +194,8 @@ def mmd2(comparison: Comparison) -> np.ndarray:
 
     One radial kernel exp(-gamma d^2) a condition, gamma = 1 / (2 m) with m the median squared distance of two distinct
     observed cells of that condition: every prediction meets the same kernel, also in resamplings. Means within a side
-    go over pairs of distinct cells, so the estimate may be slightly negative. NaN with a single cell on a side, or
-    where more than half of the pairs of observed cells are equal.
+    go over pairs of distinct cells (of different source cells), so the estimate may be slightly negative. NaN with a
+    single cell on a side, or where more than half of the pairs of observed cells are equal.
     """
     each = zip(_pairs(comparison), _weights(comparison), strict=True)
     return np.array([-kernel.contrast(w) for (_, kernel), w in each])

@@ -78,6 +78,13 @@ class Labelled:
         """Return the cells of a condition."""
         return np.flatnonzero((self.labels == condition) & self.generated)
 
+    def sources(self, rows: np.ndarray) -> np.ndarray:
+        """Return a code of the cell that each of some cells was made from; their own where none is known."""
+        column = self.adata.obs.get("source_cell")
+        if column is None:
+            return np.arange(len(rows))
+        return np.asarray(pd.factorize(column.iloc[rows].astype(str))[0])
+
     def control_names(self) -> set[str]:
         """Return the names of the control cells; in a prediction those of the cells they were copied from."""
         obs = self.adata.obs.iloc[self.control_rows]

@@ -15,7 +15,7 @@ from pertvae._constants import UNS_PROVENANCE_KEY
 from pertvae._labels import LabelFormat, hint
 from pertvae._predictions import predicted_shifts
 from pertvae.metrics._comparison import Comparison, Pair, Side, stream
-from pertvae.metrics._distribution import subsample
+from pertvae.metrics._distribution import spread, subsample
 from pertvae.metrics._labelled import Labelled, same_genes
 from pertvae.metrics._registry import NEEDS, Metric
 from pertvae.metrics._training import Training
@@ -194,7 +194,8 @@ def build(
         predicted_deltas = pick(shifts) if shifts is not None else predicted_profiles - base
         observed_deltas = observed_profiles - theirs.control_profile()
     center, additive = training.read(names, scored, format, "additive" in needs, seed)
-    draws = [draw("predicted", c, x) for c, x in zip(scored, of_left, strict=True)]
+    sources = [left.sources(left.rows(c)[: x.shape[0]]) for c, x in zip(scored, of_left, strict=True)]
+    draws = [spread(stream(seed, "predicted", c), codes, max_cells) for c, codes in zip(scored, sources, strict=True)]
     picks = [draw("observed", c, x) for c, x in zip(scored, of_right, strict=True)]
     comparison = Comparison(
         conditions=tuple(scored),
@@ -206,6 +207,7 @@ def build(
         reference_profile=None if center is None else pick(center),
         predicted_cells=[m[p] for m, p in zip(of_left, draws, strict=True)],
         observed_cells=[m[p] for m, p in zip(of_right, picks, strict=True)],
+        predicted_sources=[codes[p] for codes, p in zip(sources, draws, strict=True)],
         predicted_controls=few_controls("predicted", left_controls, "controls" in needs),
         observed_controls=few_controls("observed", right_controls, "controls" in needs or for_rest),
         additive=None if additive is None else (pick(additive[0]), pick(additive[1])),

@@ -45,7 +45,10 @@ def l2_profile(comparison: Comparison) -> np.ndarray:
 def pearson_delta_perturbed(comparison: Comparison) -> np.ndarray:
     """Pearson correlation of profiles centred on the mean of the training perturbed conditions."""
     center = comparison.reference_profile
-    return rowwise_pearson(comparison.predicted_profiles - center, comparison.observed_profiles - center)
+    predicted = comparison.predicted_profiles - center
+    # the mean itself, computed another way, differs by rounding: that is no direction
+    same = np.linalg.norm(predicted, axis=1) <= 1e-9 * np.linalg.norm(comparison.predicted_profiles, axis=1)
+    return rowwise_pearson(np.where(same[:, None], 0.0, predicted), comparison.observed_profiles - center)
 
 
 @register("l2_delta", direction="lower", range=(0.0, INF), source=AHLMANN, needs=("deltas",))

@@ -74,8 +74,12 @@ def _equal(name: str, predicted: sp.csr_matrix | None, observed: sp.csr_matrix |
     if predicted is None or observed is None:
         raise ValueError('There are no control cells: register the metric with needs=("cells", "controls").')
     n = min(predicted.shape[0], observed.shape[0])
-    sides = (("predicted", predicted), ("observed", observed))
-    return [x[subsample(stream(0, f"differential expression {side}", name), x.shape[0], n)] for side, x in sides]
+
+    def draw(side: str, x: sp.csr_matrix) -> sp.csr_matrix:
+        return x[subsample(stream(0, f"differential expression {side}", name), x.shape[0], n)]
+
+    # the predicted cells of a condition are in random order already, those of distinct sources first
+    return [predicted[:n] if name else draw("predicted", predicted), draw("observed", observed)]
 
 
 @register(

@@ -49,6 +49,7 @@ REAL: dict[str, dict[str, Any]] = {
     "papalexi": {"file": "papalexi2021_eccite_subset", "scheme": "random", "batch_key": "batch"},
     "kang": {
         "file": "kang2018_ifnb_2800",
+        "min_detected": 0.1,
         "scheme": "unseen_context",
         "labels_key": "cell_type",
         "n_folds": 3,
@@ -95,13 +96,17 @@ def read(options: dict[str, Any]) -> tuple[ad.AnnData, str]:
         return pv.datasets.simulate_screen(kind, seed=seed), f"simulated screen {kind}, seed {seed}"
     file = options["file"]
     adata = ad.read_h5ad(Path(os.environ.get("PERTVAE_DATA", "../shared/data")) / f"{file}.h5ad")
+    if "min_detected" in options:  # a whole transcriptome: genes seen in cells that no fold holds out
+        others = ~adata.obs[options["labels_key"]].isin(options["split_kwargs"]["held_out"]).to_numpy()
+        detected = np.asarray((adata.X[others] > 0).mean(axis=0)).ravel()
+        adata = adata[:, detected > options["min_detected"]].copy()
     return adata, f"{file}: a {adata.n_obs:,}-cell, {adata.n_vars:,}-gene subset"
 
 
 def run(
     adata: ad.AnnData, title: str, options: dict[str, Any], models: list[str], folder: Path, **more: Any
 ) -> pv.benchmark.BenchmarkResult:
-    options = {k: v for k, v in options.items() if k not in ("kind", "simulation_seed", "file")}
+    options = {k: v for k, v in options.items() if k not in ("kind", "simulation_seed", "file", "min_detected")}
     scheme = options.pop("scheme")
     with _quiet():
         return pv.benchmark.run(

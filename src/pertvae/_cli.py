@@ -75,11 +75,18 @@ def parser(commands: Mapping[str, Callable[..., Any]]) -> argparse.ArgumentParse
     _add_registration(bench, required=False)
     bench.add_argument(
         "--scheme",
-        default="unseen_combination",
+        nargs="+",
+        default=["unseen_combination"],
         choices=("random", "unseen_combination", "unseen_perturbation", "unseen_context"),
-        help="what is held out (default: %(default)s)",
+        help="what is held out, or several (default: unseen_combination)",
     )
-    bench.add_argument("--seen", metavar="J/K", help="class of held-out combinations: 2/2, 1/2 or 0/2 (default: 2/2)")
+    bench.add_argument(
+        "--seen",
+        nargs="+",
+        metavar="J/K",
+        help="class of held-out combinations, 2/2, 1/2 or 0/2: how many components stand alone in training; several "
+        "are schemes of their own (default: 2/2)",
+    )
     bench.add_argument(
         "--held-out",
         nargs="+",

@@ -142,7 +142,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         result = benchmark.run(
             adata,
             models,
-            arguments.scheme,
+            arguments.scheme if len(arguments.scheme) > 1 else arguments.scheme[0],
             setup.pop("perturbation_key"),
             setup.pop("control"),
             seeds=tuple(arguments.seeds),
@@ -157,7 +157,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             setup_kwargs=setup,
             train_kwargs={} if arguments.epochs is None else {"max_epochs": arguments.epochs},
             references=arguments.references,
-            split_kwargs={k: v for k in ("seen", "held_out") if (v := getattr(arguments, k)) is not None},
+            split_kwargs=_split(arguments),
             external=_external(arguments.external),
             cache_dir=out / "cache",
             title=title,
@@ -182,6 +182,12 @@ def _registration(arguments: argparse.Namespace) -> dict[str, Any]:
     optional = ("layer", "batch_key", "labels_key", "dosage_key")
     given = {name: getattr(arguments, name, None) for name in optional}
     return setup | {name: value for name, value in given.items() if value is not None}
+
+
+def _split(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return options of the split that were given; one class of combinations as text."""
+    seen = arguments.seen[0] if arguments.seen and len(arguments.seen) == 1 else arguments.seen
+    return {k: v for k, v in (("seen", seen), ("held_out", arguments.held_out)) if v is not None}
 
 
 def _external(given: Sequence[str]) -> dict[str, str]:

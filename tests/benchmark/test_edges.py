@@ -64,3 +64,31 @@ def test_one_condition_and_metrics_that_need_more(singles, tmp_path):
     assert result.summary().empty
     assert result.dynamic_range().empty
     assert "Nothing could be scored" in result.save(tmp_path / "out").read_text()
+
+
+def test_classes_of_combinations_are_schemes_of_their_own(screen, tmp_path):
+    options = {**SMALL, "cache_dir": tmp_path, "metrics": ["l2_profile"]}
+    result = pv.benchmark.run(
+        screen, [], ["random", "unseen_combination"], "perturbation", "control",
+        split_kwargs={"seen": ["2/2", "1/2", "0/2"], "test_fraction": 0.3}, **options,
+    )  # fmt: skip
+    classes = {f"unseen_combination {c}": {c} for c in ("2/2", "1/2", "0/2")}
+    assert result.schemes == ["random", *classes]
+    found = result.table[result.table["condition"] != "pooled"].groupby("scheme")["seen"].unique()
+    assert {name: set(found[name]) for name in classes} == classes
+    alone = pv.benchmark.run(
+        screen,
+        [],
+        "unseen_combination",
+        "perturbation",
+        "control",
+        split_kwargs={"seen": "1/2", "test_fraction": 0.3},
+        **options,
+    )
+    for name in ("NoChange", "Mean"):
+        several = result.by_condition("l2_profile", "unseen_combination 1/2")[name]
+        pd.testing.assert_series_equal(several, alone.by_condition("l2_profile")[name])
+    page = result.save(tmp_path / "out").read_text()
+    assert "never seen together (1/2 components alone in training)" in page
+    with pytest.raises(ValueError, match="belongs to scheme='unseen_combination'"):
+        pv.benchmark.run(screen, [], "random", "perturbation", "control", split_kwargs={"seen": "2/2"}, **options)

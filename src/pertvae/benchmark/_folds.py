@@ -14,6 +14,7 @@ from pertvae._labels import LabelFormat, canonical_labels, hint
 from pertvae.pp import perturbation_folds, split_perturbations
 
 SPLIT_KEY = "_pertvae_benchmark_split"
+COMBINATION = "unseen_combination"
 DEFAULT_FOLDS = 4
 DEFAULT_SEEN = "2/2"
 MIN_CELLS = 5
@@ -53,7 +54,7 @@ class Fold:
     Parameters
     ----------
     scheme
-        Name of the scheme.
+        Name of the scheme in results.
     index
         Number of the fold, from 0.
     split
@@ -91,10 +92,33 @@ class Fold:
         return self.rows("train") if self.common is None else self.common
 
 
+def schemes_of(
+    scheme: str | Sequence[str], split_kwargs: Mapping[str, Any] | None
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the scheme and the options of the split behind each name that a result is to have.
+
+    Several classes of combinations make several names, such as ``"unseen_combination 1/2"``; the class is for that
+    scheme alone, where there are others.
+    """
+    schemes = [scheme] if isinstance(scheme, str) else list(dict.fromkeys(scheme))
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for one in schemes:
+        options = dict(split_kwargs or {})
+        if one != COMBINATION and COMBINATION in schemes:
+            options.pop("seen", None)
+        seen = options.get("seen")
+        if one == COMBINATION and not isinstance(seen, str) and isinstance(seen, Sequence):
+            found |= {f"{one} {value}": (one, {**options, "seen": value}) for value in dict.fromkeys(seen)}
+        else:
+            found[one] = one, options
+    return found
+
+
 def make_folds(
     adata: AnnData,
     scheme: str,
     *,
+    name: str | None = None,
     perturbation_key: str,
     control: str | Sequence[str],
     sep: str | None = "+",
@@ -115,6 +139,8 @@ def make_folds(
         Screen. Nothing is written.
     scheme, perturbation_key, control, sep, labels_key
         See :func:`pertvae.pp.split_perturbations`.
+    name
+        What the scheme is called in results; by default as it is.
     n_folds
         Number of folds. With ``held_out`` in ``split_kwargs`` its items are held out in turn, in that many parts.
     train_fractions
@@ -126,12 +152,12 @@ def make_folds(
     """
     if n_folds is not None and n_folds < 1:
         raise ValueError(f"n_folds={n_folds!r} is out of range: pass 1 or more.")
-    for name in split_kwargs or {}:
-        if name not in _OPTIONS:
-            raise ValueError(f"split_kwargs: {name!r} is not an option.{hint(name, _OPTIONS)}")
+    for option in split_kwargs or {}:
+        if option not in _OPTIONS:
+            raise ValueError(f"split_kwargs: {option!r} is not an option.{hint(option, _OPTIONS)}")
     options: dict[str, Any] = {"valid_fraction": 0.0, **(split_kwargs or {})}
     in_turn = _in_turn(options, n_folds)
-    if scheme == "unseen_combination":
+    if scheme == COMBINATION:
         options.setdefault("seen", DEFAULT_SEEN)
         if n_folds is None and not options.keys() & {"held_out", "test_fraction"}:
             n_eligible = _count_eligible(adata.obs[perturbation_key], control, sep)
@@ -179,7 +205,7 @@ def make_folds(
             )
         kept = {f: _without(split, conditions, ordered[_n_kept(f, len(ordered)) :]) for f in train_fractions}
         common = (kept[min(train_fractions)] == "train").to_numpy()
-        folds += [Fold(scheme, i, kept[f], units, left_out, f, common) for f in train_fractions]
+        folds += [Fold(name or scheme, i, kept[f], units, left_out, f, common) for f in train_fractions]
     return folds
 
 

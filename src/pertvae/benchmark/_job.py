@@ -262,7 +262,7 @@ class Job:
             "programs": fold.index == 0 and seed == self.seeds[0] if self.seeds else False,
         }
         seeded = f"-seed{seed}" if seed >= 0 else ""
-        return self.cache / f"{fold.scheme}-fold{fold.index}-{_safe(name)}{seeded}-{fingerprint(settings)}.npz"
+        return self.cache / f"{_safe(fold.scheme)}-fold{fold.index}-{_safe(name)}{seeded}-{fingerprint(settings)}.npz"
 
     def _own(self, given: Mapping[str, Any], name: str) -> dict[str, Any]:
         """Return arguments for all models and those under this model's name."""

@@ -54,6 +54,12 @@ _CAPTIONS = {
 }
 
 
+def scheme_words(scheme: str) -> str:
+    """Return what a scheme holds out, in words."""
+    base, _, seen = scheme.partition(" ")
+    return SCHEME_WORDS.get(base, base) + (f" ({seen} components alone in training)" if seen else "")
+
+
 def write_report(result: BenchmarkResult, path: Path, drawn: Mapping[str, Figure] | None = None) -> Path:
     """Write the page and return its path; figures are drawn unless they are given."""
     if path.is_dir() or not path.suffix:
@@ -76,7 +82,7 @@ def write_report(result: BenchmarkResult, path: Path, drawn: Mapping[str, Figure
     if result.by_fraction:
         body.append(_page.paragraph(_fraction_words(result)))
     for scheme in result.schemes:
-        body.append(_page.heading(f"Predicting {SCHEME_WORDS.get(scheme, scheme)}"))
+        body.append(_page.heading(f"Predicting {scheme_words(scheme)}"))
         here = summary[summary["scheme"] == scheme] if len(summary) else summary
         if here.empty:
             body.append(_page.paragraph("Nothing could be scored."))
@@ -115,7 +121,7 @@ def write_files(result: BenchmarkResult, folder: Path) -> Path:
         "table": result.table,
         "summary": result.summary(),
         "comparison": result.compare(per_condition),
-        "strata": pd.concat(sizes) if sizes and len(result.units) else pd.DataFrame(),
+        "strata": pd.concat([s for s in sizes if len(s)]) if any(map(len, sizes)) else pd.DataFrame(),
         "dynamic_range": result.dynamic_range(),
         "units": result.units,
         "fits": result.fits,
@@ -157,7 +163,7 @@ def verdicts(result: BenchmarkResult) -> list[str]:
     sentences = []
     compared = result.compare([] if metric is None else metric)
     for scheme in result.schemes:
-        what = SCHEME_WORDS.get(scheme, scheme)
+        what = scheme_words(scheme)
         for model in result.names("model"):
             rows = compared[(compared["scheme"] == scheme) & (compared["model"] == model)]
             sentences.append(_sentence(model, what, rows, metric))

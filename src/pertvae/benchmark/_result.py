@@ -254,7 +254,7 @@ class BenchmarkResult:
             here = self.units[self.units["scheme"] == scheme]
             sizes = here.groupby("unit")[by].mean()
             parts.append(stratified(self.by_condition(metric, scheme), sizes).assign(scheme=scheme, by=by))
-        table = pd.concat(parts, ignore_index=True)
+        table = _stacked(parts)
         return table[["scheme", "by", *(c for c in table.columns if c not in ("scheme", "by"))]]
 
     def dynamic_range(self) -> pd.DataFrame:
@@ -283,7 +283,7 @@ class BenchmarkResult:
                 each = comparable(str(metric), rows["value"])
                 values.setdefault(str(metric), each.groupby(rows["model"]).mean())
             parts.append(between_controls(pd.DataFrame(values).T, scheme))
-        return pd.concat(parts, ignore_index=True)
+        return _stacked(parts)
 
     def text(self) -> str:
         """Return the verdict and the headline scores as plain text.
@@ -379,6 +379,12 @@ class BenchmarkResult:
             return None
         rows = comparable(metric, rows) if distance else rows
         return rows.groupby(rows.index.get_level_values("unit").astype(str).to_numpy()).mean()
+
+
+def _stacked(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of all tables; of empty ones the columns."""
+    filled = [p for p in parts if len(p)]
+    return pd.concat(filled, ignore_index=True) if filled else parts[0]
 
 
 def _verdict(metric: str, lower: float, upper: float, n: int) -> str:

@@ -25,7 +25,7 @@ from pertvae.benchmark._arguments import (
 from pertvae.benchmark._duplicate import DUPLICATE, INTERPOLATED, ORACLE
 from pertvae.benchmark._external import read_external
 from pertvae.benchmark._fingerprint import fingerprint_data, versions
-from pertvae.benchmark._folds import DEFAULT_SEEN, make_folds
+from pertvae.benchmark._folds import COMBINATION, DEFAULT_SEEN, make_folds, schemes_of
 from pertvae.benchmark._intervals import MIN_CONDITIONS
 from pertvae.benchmark._job import Job
 from pertvae.benchmark._result import BenchmarkResult
@@ -121,7 +121,9 @@ def run(
         Further arguments of ``setup_anndata``, such as ``categorical_covariate_keys``. Doses are not compared: held-out
         cells of one label count as one condition.
     split_kwargs
-        For :func:`pertvae.pp.split_perturbations`: ``seen``, ``held_out``, ``test_fraction``, ``seed``, ...
+        For :func:`pertvae.pp.split_perturbations`: ``seen``, ``held_out``, ``test_fraction``, ``seed``, ... Several
+        classes of combinations, ``"seen": ["2/2", "1/2"]``, are benchmarked as schemes of their own, called
+        ``"unseen_combination 1/2"`` and so on.
     external
         Predictions of outside tools: name to AnnData, or to the path of an h5ad file, in which ``{fold}`` stands for
         the number of the fold. Predicted counts in ``X`` (or log1p CP10k with ``uns["log1p"]``, whose means are scored
@@ -173,20 +175,21 @@ def run(
         check_ensemble(chosen, seeds, n_cells)
     data = read_data(adata, perturbation_key, control, layer, batch_key, labels_key, sep, n_cells, setup_kwargs or {})
     truth = read_truth(adata) if is_simulated(adata) and data.context_key is None else None
-    schemes = [scheme] if isinstance(scheme, str) else list(scheme)
+    schemes = schemes_of(scheme, split_kwargs)
     folds = {
         name: make_folds(
             data.adata,
-            name,
+            one,
+            name=name,
             perturbation_key=perturbation_key,
             control=data.control,
             sep=sep,
             labels_key=data.context_key,
             n_folds=n_folds,
             train_fractions=fractions,
-            split_kwargs=split_kwargs,
+            split_kwargs=options,
         )
-        for name in schemes
+        for name, (one, options) in schemes.items()
     }
     joining = read_external(external, [*chosen, *fixed, DUPLICATE, INTERPOLATED, ORACLE])
     every_fold = [f for of_scheme in folds.values() for f in of_scheme]
@@ -205,9 +208,9 @@ def run(
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "models": list(chosen),
         "references": list(fixed),
-        "schemes": schemes,
+        "schemes": list(schemes),
         "folds": {name: len(f) // len(fractions) for name, f in folds.items()},
-        "held_out_class": (split_kwargs or {}).get("seen", DEFAULT_SEEN) if "unseen_combination" in schemes else None,
+        "held_out_class": [o.get("seen", DEFAULT_SEEN) for s, o in schemes.values() if s == COMBINATION] or None,
         "seeds": list(seeds),
         "ensemble": ensemble,
         "perturbation_key": perturbation_key,

@@ -134,7 +134,7 @@ def run(
     cache_dir
         Folder where every finished fit is kept, so that a run that was stopped resumes: scores, and trained models in
         ``models/``. Results of other data, settings or code are not taken from it; with other metrics trained models
-        are used again.
+        are used again. Kept models are pickles: use a folder that you wrote yourself.
     progress
         Show a progress bar.
     title

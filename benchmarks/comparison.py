@@ -4,7 +4,8 @@
     python benchmarks/comparison.py norman zhao          only these
     python benchmarks/comparison.py --part 0/2 ...       every second of them, for two processes
 
-Real data: 3 training seeds. Fixed screens: simulation seeds 0, 1, 2, the training seed is that of the simulation.
+Real data: 3 training seeds, and the ensemble of the three. Fixed screens: simulation seeds 0, 1, 2; the training seed
+is that of the simulation.
 Reports and tables go to results/comparison/NAME, summaries to benchmarks/results/comparison_*.csv.
 """
 
@@ -71,7 +72,8 @@ SCREENS: dict[str, dict[str, Any]] = {
 
 
 def jobs(names: list[str]) -> dict[str, dict[str, Any]]:
-    every: dict[str, dict[str, Any]] = {name: {**options, "seeds": (0, 1, 2)} for name, options in REAL.items()}
+    real = {"seeds": (0, 1, 2), "ensemble": True}
+    every: dict[str, dict[str, Any]] = {name: options | real for name, options in REAL.items()}
     for kind, options in SCREENS.items():
         for seed in (0, 1, 2):
             every[f"{kind}_{seed}"] = {
@@ -108,10 +110,9 @@ def run(
 ) -> pv.benchmark.BenchmarkResult:
     options = {k: v for k, v in options.items() if k not in ("kind", "simulation_seed", "file", "min_detected")}
     scheme = options.pop("scheme")
+    options |= {"cache_dir": folder / "cache", "title": title, "progress": False} | more
     with _quiet():
-        return pv.benchmark.run(
-            adata, models, scheme, *KEYS, cache_dir=folder / "cache", title=title, progress=False, **options, **more
-        )
+        return pv.benchmark.run(adata, models, scheme, *KEYS, **options)
 
 
 def gain(result: pv.benchmark.BenchmarkResult, adata: ad.AnnData, n_boot: int = 2000) -> pd.DataFrame:
@@ -149,8 +150,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     part, of = map(int, given.part.split("/"))
-    more: dict[str, Any] = {"metrics": ["l2_profile"], "references": ["NoChange"]} if given.train_only else {}
-    more = more or {"references": REFERENCES}
+    more: dict[str, Any] = {"references": REFERENCES}
+    if given.train_only:
+        more = {"metrics": ["l2_profile"], "references": ["NoChange"], "ensemble": False}
     for name, options in list(jobs(given.names).items())[part::of]:
         folder = given.out / name
         adata, title = read(options)

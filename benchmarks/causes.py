@@ -1,0 +1,164 @@
+"""Why does a model lose to a reference? One setting of a model changed at a time, scored on the comparison's folds.
+
+    python benchmarks/causes.py zhao norman          data sets of comparison.py
+    python benchmarks/causes.py zhao --model conditionalvae
+    python benchmarks/causes.py zhao --changes "KL weight 0.1" "10 latents"
+
+This looks for causes; nothing is chosen by it: the scores are those of held-out cells that the benchmark reports. A row
+is a change: mean over seeds of a metric, its difference to the reference that is best in ``comparison_*_summary.csv``
+with the interval of the benchmark, and in how many latents the basal state of training cells says anything (variance of
+posterior means above 0.01). Resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from _common import RESULTS
+from comparison import jobs, read, run
+
+import pertvae as pv
+from pertvae.benchmark._job import _safe
+from pertvae.cli import _quiet
+
+METRICS = ("l2_profile", "pearson_delta_perturbed", "slope", "energy_distance")
+COLUMNS = [
+    "data",
+    "model",
+    "change",
+    "reference",
+    "metric",
+    "model_value",
+    "reference_value",
+    "difference",
+    "lower",
+    "upper",
+]
+COLUMNS += ["interval", "n_conditions", "n_seeds", "active_latents"]
+CLASSES = {"samsvae": pv.SAMSVAE, "conditionalvae": pv.ConditionalVAE, "cpavae": pv.CPAVAE, "svaeplus": pv.SVAEPlus}
+STEPS = {"samsvae": 10_000}  # of a default training
+DEFAULT = "default"
+
+Change = dict[str, dict[str, Any]]
+CHANGES: dict[str, Change] = {
+    DEFAULT: {},
+    "a quarter of the training": {"length": {"factor": 0.25}},
+    "twice the training": {"length": {"factor": 2}},
+    "no early stopping": {"train": {"early_stopping": False}},
+    "Adam's eps 0.01": {"train": {"plan_kwargs": {"eps": 0.01}}},
+    "KL weight 0.1": {"train": {"plan_kwargs": {"max_kl_weight": 0.1}}},
+    "KL weight 3": {"train": {"plan_kwargs": {"max_kl_weight": 3.0}}},
+    "KL warm-up": {"train": {"plan_kwargs": {"n_epochs_kl_warmup": 100}}},
+    "10 latents": {"model": {"n_latent": 10}},
+    "100 latents": {"model": {"n_latent": 100}},
+    "32 hidden units": {"model": {"n_hidden": 32}},
+    "512 hidden units": {"model": {"n_hidden": 512}},
+    "linear decoder": {"model": {"n_layers_decoder": 0}},
+    "decoder of 2 layers": {"model": {"n_layers_decoder": 2}},
+    "masks: prior 0.1": {"model": {"mask_prior": 0.1}},
+    "masks: prior 0.5": {"model": {"mask_prior": 0.5}},
+    "masks: the published way": {"model": {"sparsify": "published"}},
+    "effects: prior scale 3": {"model": {"effect_prior_scale": 3.0}},
+    "basal state of expression only": {"model": {"basal_inference": "mean_field"}},
+    "no leak correction": {"model": {"leak_correction": False}},
+    "Poisson": {"model": {"gene_likelihood": "poisson"}},
+}
+
+
+def applies(change: str, model: str) -> bool:
+    """Return whether a model has what is changed."""
+    return set(CHANGES[change].get("model", {})) <= set(inspect.signature(CLASSES[model].__init__).parameters)
+
+
+def arguments(change: Change, model: str, n_cells: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the constructor and ``train`` are given."""
+    train = dict(change.get("train", {}))
+    if "length" in change:
+        train["max_epochs"] = round(change["length"]["factor"] * STEPS.get(model, 4_000) / -(-n_cells // 512))
+    return change.get("model", {}), train
+
+
+def active_latents(folder: Path, name: str, cls: Any, adata: ad.AnnData) -> float:
+    """Return in how many latents the basal state of cells varies, mean over the fits that were kept."""
+    counts = []
+    for done in sorted(folder.glob("cache/models/*/fit.json")):
+        if done.parent.name.rpartition("-seed")[0] == _safe(name):
+            model = cls.load(str(done.parent), adata=adata)
+            basal = model.get_latent_representation(kind="basal", key_added=None)
+            counts.append(int((basal.var(axis=0) > 0.01).sum()))
+    return float(np.mean(counts)) if counts else float("nan")
+
+
+def best_reference(name: str) -> str:
+    """Return the reference with the best mean profiles in the comparison."""
+    table = pd.read_csv(RESULTS / f"comparison_{name}_summary.csv")
+    rows = table[(table["kind"] == "reference") & (table["metric"] == "l2_profile")]
+    return str(rows.loc[rows["value"].idxmin(), "model"])
+
+
+def search(name: str, model: str, changes: list[str], seeds: list[int], folder: Path) -> pd.DataFrame:
+    """Train, score and compare; return one row a change and metric."""
+    options = jobs([name])[name] | {"seeds": seeds, "ensemble": len(seeds) > 1}
+    adata, title = read(options)
+    reference = best_reference(name)
+    n_cells = int(0.9 * len(adata) * (1 - 1 / options.get("n_folds", 4)))  # near enough for a length
+    # the default has the name of the comparison, whose fits are used again
+    names = {change: model if change == DEFAULT else f"{model}: {change}" for change in changes}
+    given = {names[change]: arguments(CHANGES[change], model, n_cells) for change in changes}
+    result = run(
+        adata,
+        title,
+        options,
+        dict.fromkeys(given, CLASSES[model]),
+        folder / name,
+        references=[reference],
+        metrics=list(METRICS),
+        model_kwargs={key: of_model for key, (of_model, _) in given.items()},
+        train_kwargs={key: of_train for key, (_, of_train) in given.items()},
+    )
+    paired = result.compare(list(METRICS))
+    paired = (
+        paired[paired["reference"] == reference]
+        .drop(columns="model")
+        .assign(
+            data=name,
+            model=model,
+            n_seeds=len(seeds),
+            change=paired["model"].map({v: k for k, v in names.items()}).fillna(paired["model"]),
+        )
+    )
+    with _quiet():
+        active = {change: active_latents(folder / name, names[change], CLASSES[model], adata) for change in changes}
+    return paired.assign(active_latents=paired["change"].map(active))[COLUMNS].round(4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=["zhao"], help="jobs of comparison.py")
+    parser.add_argument("--model", default="samsvae", choices=list(CLASSES))
+    parser.add_argument("--changes", nargs="*", default=list(CHANGES), choices=list(CHANGES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("results/comparison"), help="its folder")
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for name in given.names:
+        changes = [change for change in given.changes if applies(change, given.model)]
+        found = search(name, given.model, changes, given.seeds, given.out)
+        path = RESULTS / f"causes_{name}_{given.model}.csv"
+        if path.exists():
+            earlier = pd.read_csv(path)
+            found = pd.concat([earlier[~earlier["change"].isin(changes)], found])
+        found.to_csv(path, index=False)
+        print(f"\n## {name}: minus {found['reference'].iloc[0]}\n{found.to_string(index=False)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -144,13 +144,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {[*REAL, *SCREENS]}; default all")
     parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(REFERENCES), help="references to leave out")
     parser.add_argument("--part", default="0/1", help="I/N: every Nth job, from the Ith")
     parser.add_argument("--train-only", action="store_true", help="train and keep the models, score next to nothing")
     parser.add_argument("--out", type=Path, default=Path("results/comparison"))
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     part, of = map(int, given.part.split("/"))
-    more: dict[str, Any] = {"references": REFERENCES}
+    more: dict[str, Any] = {"references": {k: v for k, v in REFERENCES.items() if k not in given.skip}}
     if given.train_only:
         more = {"metrics": ["l2_profile"], "references": ["NoChange"], "ensemble": False}
     for name, options in list(jobs(given.names).items())[part::of]:

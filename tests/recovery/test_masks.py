@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scvi
 from anndata import AnnData
 
 import pertvae as pv
@@ -125,3 +126,26 @@ def test_simulation_of_the_authors() -> None:
     assert fit["correlated"] >= fit["mean_field"] + 3
     # of 90%: masks, effects and errors of the leak correction vary in them, the decoder does not
     assert all(0.5 < share < 0.75 for share in covered.values())
+
+
+@pytest.mark.slow
+def test_a_perturbation_in_many_of_the_cells_keeps_its_mask() -> None:
+    """A screen of one drug: 40% of the cells have it."""
+    adata = pv.datasets.simulate_screen(
+        seed=1,
+        n_genes=100,
+        n_perturbations=1,
+        n_doubles=0,
+        cells_per_perturbation=400,
+        n_controls=600,
+        n_batches=1,
+        effect_size=8.0,
+        mask_density=0.05,
+    )
+    pv.SAMSVAE.setup_anndata(adata, perturbation_key="perturbation", control="control")
+    scvi.settings.seed = 0
+    model = pv.SAMSVAE(adata, n_latent=20)
+    model.train(max_epochs=600, batch_size=256, **QUIET)
+    # with a cost that does not know how many cells there are: 0.68 and 1.02
+    assert model.get_masks().to_numpy().max() > 0.95
+    assert float(model.module.leak.norm()) < 0.4

@@ -14,12 +14,13 @@ import pytest
 import scvi
 import torch
 from anndata import AnnData
+from scipy.optimize import minimize
 
 import pertvae as pv
 from pertvae.models.base import PerturbationTrainingPlan
 from pertvae.models.base._plan import MONITOR, KeepBest
 from pertvae.models.samsvae._arguments import CHOICES
-from pertvae.models.samsvae._sparsify import COST, MaskCost
+from pertvae.models.samsvae._sparsify import COST, LIMIT, MaskCost, loss_of_shift
 from pertvae.nn._rotation import SMOOTHING
 
 INFERENCE = pytest.mark.parametrize("inference", ["mean_field", "correlated"])
@@ -362,6 +363,37 @@ def test_mask_cost_is_linear_in_steps() -> None:
             trainer: Any = SimpleNamespace(current_epoch=epoch, num_training_batches=4)
             callback.on_train_batch_start(trainer, None, None, index)  # type: ignore[arg-type]
     np.testing.assert_allclose(costs, 3.0 - 2.0 * np.arange(8) / 8)
+
+
+@pytest.mark.parametrize(("size", "share"), [(2.0, 0.01), (6.0, 0.38), (3.0, 0.5), (8.0, 0.9)])
+def test_loss_of_a_shift_is_what_the_best_rescaling_leaves(size: float, share: float) -> None:
+    # z ~ N(0, 1) in all cells, plus the shift in a share of them: what does -log N(a (z - b); 0, 1) - log a lose?
+    def loss(parameters: np.ndarray) -> float:
+        a, b = parameters
+        return 0.5 * a**2 * (1 + share * (size - b) ** 2 + (1 - share) * b**2) - math.log(abs(a)) - 0.5
+
+    best = minimize(loss, [1.0, 0.1], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}).fun / share
+    np.testing.assert_allclose(float(loss_of_shift(size, torch.tensor(share))), best, rtol=1e-5)
+
+
+def test_loss_of_a_shift_in_few_cells() -> None:
+    few = loss_of_shift(3.0, torch.tensor([1e-4, 0.0]))
+    np.testing.assert_allclose(few, [4.5, 4.5], rtol=1e-3)  # 3^2 / 2
+    assert torch.isfinite(loss_of_shift(3.0, torch.ones(1))).all()
+
+
+def test_mask_cost_is_limited_where_a_perturbation_has_many_of_the_cells() -> None:
+    costs: list[torch.Tensor] = []
+    cells = torch.tensor([400.0, 5.0])
+    module = SimpleNamespace(set_mask_cost=costs.append, cells_per_component=cells)
+    callback = MaskCost(module, 7.2, 0.0, 2, size=6.0)  # type: ignore[arg-type]
+    for epoch in range(2):
+        trainer: Any = SimpleNamespace(current_epoch=epoch, num_training_batches=1)
+        callback.on_train_batch_start(trainer, SimpleNamespace(n_obs_training=1000), None, 0)  # type: ignore[arg-type]
+    limit = LIMIT * math.log(1 + 0.24 * 36) / 0.8
+    assert limit < 3.6  # half of the cost: the limit holds in the second epoch, too
+    np.testing.assert_allclose(costs[0], [limit, 7.2], rtol=1e-6)
+    np.testing.assert_allclose(costs[1], [limit, 3.6], rtol=1e-6)
 
 
 def test_steps_of_all_phases_are_bounded_together(adata: AnnData, model_of: Callable, quiet: dict) -> None:

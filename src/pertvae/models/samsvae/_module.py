@@ -318,9 +318,12 @@ class SAMSVAEModule(ShiftedLatentModule):
             change[:, torch.arange(len(latent), device=latent.device), latent] -= lost
         return change
 
-    def set_mask_cost(self, cost: float) -> None:
-        """Make an open mask cost so many nats for every training cell of its perturbation, on top of its prior."""
-        self.effects.set_prior(self.effects.base_logit - cost * self.cells_per_component[:, None])
+    def set_mask_cost(self, cost: float | Tensor) -> None:
+        """Make an open mask cost so many nats for every training cell of its perturbation, on top of its prior.
+
+        One number, or one of each component.
+        """
+        self.effects.set_prior(self.effects.base_logit - (cost * self.cells_per_component)[:, None])
 
     def global_parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters that belong to one gene or one perturbation, without the masks."""

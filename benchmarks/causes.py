@@ -78,21 +78,22 @@ def applies(change: str, model: str) -> bool:
     return set(CHANGES[change].get("model", {})) <= set(inspect.signature(CLASSES[model].__init__).parameters)
 
 
-def arguments(change: Change, model: str, n_cells: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the constructor and ``train`` are given."""
+def arguments(change: Change, model: str, steps: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the constructor and ``train`` are given, for a mean number of steps an epoch."""
     train = dict(change.get("train", {}))
     if "length" in change:
-        train["max_epochs"] = round(change["length"]["factor"] * STEPS.get(model, 4_000) / -(-n_cells // 512))
+        train["max_epochs"] = round(change["length"]["factor"] * STEPS.get(model, 4_000) / steps)
     return change.get("model", {}), train
 
 
-def active_latents(folder: Path, name: str, cls: Any, adata: ad.AnnData) -> float:
-    """Return in how many latents the basal state of cells varies, mean over the fits that were kept."""
+def active_latents(folder: Path, name: str, cls: Any, adata: ad.AnnData, seeds: list[int]) -> float:
+    """Return in how many latents the basal state of the training cells varies, mean over kept fits of these seeds."""
     counts = []
     for done in sorted(folder.glob("cache/models/*/fit.json")):
-        if done.parent.name.rpartition("-seed")[0] == _safe(name):
+        base, _, rest = done.parent.name.rpartition("-seed")
+        if base == _safe(name) and int(rest.split("-")[0]) in seeds:
             model = cls.load(str(done.parent), adata=adata)
-            basal = model.get_latent_representation(kind="basal", key_added=None)
+            basal = model.get_latent_representation(indices=model.train_indices, kind="basal", key_added=None)
             counts.append(int((basal.var(axis=0) > 0.01).sum()))
     return float(np.mean(counts)) if counts else float("nan")
 
@@ -109,10 +110,11 @@ def search(name: str, model: str, changes: list[str], seeds: list[int], folder: 
     options = jobs([name])[name] | {"seeds": seeds, "ensemble": len(seeds) > 1}
     adata, title = read(options)
     reference = best_reference(name)
-    n_cells = int(0.9 * len(adata) * (1 - 1 / options.get("n_folds", 4)))  # near enough for a length
+    splits = pd.read_csv(folder / name / "splits.csv", index_col=0)  # of the comparison, which has to be there
+    steps = float(np.ceil(0.9 * (splits == "train").sum() / 512).mean())  # a tenth of the training cells validates
     # the default has the name of the comparison, whose fits are used again
     names = {change: model if change == DEFAULT else f"{model}: {change}" for change in changes}
-    given = {names[change]: arguments(CHANGES[change], model, n_cells) for change in changes}
+    given = {names[change]: arguments(CHANGES[change], model, steps) for change in changes}
     result = run(
         adata,
         title,
@@ -136,7 +138,9 @@ def search(name: str, model: str, changes: list[str], seeds: list[int], folder: 
         )
     )
     with _quiet():
-        active = {change: active_latents(folder / name, names[change], CLASSES[model], adata) for change in changes}
+        active = {
+            change: active_latents(folder / name, names[change], CLASSES[model], adata, seeds) for change in changes
+        }
     return paired.assign(active_latents=paired["change"].map(active))[COLUMNS].round(4)
 
 
@@ -155,7 +159,7 @@ def main() -> None:
         path = RESULTS / f"causes_{name}_{given.model}.csv"
         if path.exists():
             earlier = pd.read_csv(path)
-            found = pd.concat([earlier[~earlier["change"].isin(changes)], found])
+            found = pd.concat([earlier[~earlier["change"].isin(found["change"])], found])
         found.to_csv(path, index=False)
         print(f"\n## {name}: minus {found['reference'].iloc[0]}\n{found.to_string(index=False)}", flush=True)
 

@@ -151,6 +151,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     part, of = map(int, given.part.split("/"))
+    for name in given.names:
+        if not jobs([name]):
+            parser.error(f"{name!r}: pass of {', '.join(jobs([]))}.")
     more: dict[str, Any] = {"references": {k: v for k, v in REFERENCES.items() if k not in given.skip}}
     if given.train_only:
         more = {"metrics": ["l2_profile"], "references": ["NoChange"], "ensemble": False}

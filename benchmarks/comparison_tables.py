@@ -2,7 +2,7 @@
 
     python benchmarks/comparison_tables.py real l2_profile energy_distance       one table a metric, a column a data set
     python benchmarks/comparison_tables.py screens l2_profile de_recovery        a column a screen
-    python benchmarks/comparison_tables.py lost                                  where a model loses to a reference
+    python benchmarks/comparison_tables.py lost de_recovery                      where a model loses to a reference
 
 Real data: value and 95% interval. Screens: mean over the simulation seeds, in brackets the smallest and the largest.
 """
@@ -14,6 +14,8 @@ import argparse
 import pandas as pd
 from _common import RESULTS
 from comparison import MODELS, REAL, REFERENCES, SCREENS
+
+import pertvae as pv
 
 LABELS = {"samsvae": "SAMSVAE", "conditionalvae": "ConditionalVAE", "cpavae": "CPAVAE", "svaeplus": "SVAEPlus"}
 LABELS |= {"AdditivePCA": 'Additive("pca")', "duplicate": "duplicate (half against half)"}
@@ -58,13 +60,15 @@ def markdown(columns: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def lost() -> pd.DataFrame:
+def lost(metric: str) -> pd.DataFrame:
     """Return where a model loses to a reference beyond the interval of the difference."""
+    direction = pv.metrics.list_metrics().loc[metric, "direction"]
     found = []
     for path in sorted(RESULTS.glob("comparison_*_paired.csv")):
         table = pd.read_csv(path)
-        worse = table["lower"] > 0 if len(table) else []
-        rows = table[worse & table["metric"].eq("l2_profile")]
+        # of a metric whose best value is in between the differences are those of the distances from it
+        worse = table["upper"] < 0 if direction == "higher" else table["lower"] > 0
+        rows = table[worse & table["metric"].eq(metric)]
         found.append(rows.assign(data=path.stem.removeprefix("comparison_").removesuffix("_paired")))
     columns = ["data", "model", "reference", "model_value", "reference_value", "difference", "lower", "upper"]
     return pd.concat(found)[[*columns, "interval", "n_conditions"]]
@@ -76,7 +80,8 @@ def main() -> None:
     parser.add_argument("metrics", nargs="*", default=["l2_profile"])
     given = parser.parse_args()
     if given.what == "lost":
-        print(lost().to_string(index=False))
+        for metric in given.metrics:
+            print(f"\n{metric}\n\n{lost(metric).to_string(index=False)}")
         return
     for metric in given.metrics:
         if given.what == "real":

@@ -265,6 +265,7 @@ def test_phases_look_at_the_doses() -> None:
     largest = model.levels.posterior()[0][[4, 5]].abs().max()
     np.testing.assert_allclose(float(largest), 2.0, rtol=0.05)
     np.testing.assert_allclose(phases.cost, COST * float(largest) ** 2, rtol=1e-3)
+    np.testing.assert_allclose(phases.size, float(largest), rtol=1e-3)
 
 
 def test_a_dose_without_evidence_does_not_open_a_mask() -> None:

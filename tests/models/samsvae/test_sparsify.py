@@ -20,7 +20,7 @@ import pertvae as pv
 from pertvae.models.base import PerturbationTrainingPlan
 from pertvae.models.base._plan import MONITOR, KeepBest
 from pertvae.models.samsvae._arguments import CHOICES
-from pertvae.models.samsvae._sparsify import COST, LIMIT, MaskCost, loss_of_shift
+from pertvae.models.samsvae._sparsify import COST, LIMIT, MaskCost, Sparsifier, loss_of_shift
 from pertvae.nn._rotation import SMOOTHING
 
 INFERENCE = pytest.mark.parametrize("inference", ["mean_field", "correlated"])
@@ -394,6 +394,13 @@ def test_mask_cost_is_limited_where_a_perturbation_has_many_of_the_cells() -> No
     assert limit < 3.6  # half of the cost: the limit holds in the second epoch, too
     np.testing.assert_allclose(costs[0], [limit, 7.2], rtol=1e-6)
     np.testing.assert_allclose(costs[1], [limit, 3.6], rtol=1e-6)
+
+
+def test_costly_phases_know_the_size_of_the_smallest_shift() -> None:
+    sparsifier = Sparsifier(SimpleNamespace())  # type: ignore[arg-type]
+    sparsifier.size, sparsifier.cost = 6.0, 7.2
+    limited = {p.name: [c.size for c in p.callbacks(2)] for p in sparsifier.phases() if p.callbacks is not None}
+    assert limited == {"dense": [], "costly masks": [6.0], "cheaper masks": [6.0], "masks": []}
 
 
 def test_steps_of_all_phases_are_bounded_together(adata: AnnData, model_of: Callable, quiet: dict) -> None:

@@ -33,8 +33,8 @@ shift e costs about e^2 / 2 nats a cell, so entries below 0.63 of that size do n
 LIMIT = 0.8
 """Most that an open mask costs a cell, over what giving up that shift costs at most. Where a perturbation has a large
 share of the cells this is far below e^2 / 2, and a cost above it would close masks whatever they are worth. Chosen on
-the Zhao subset (38% of the training cells have the drug): masks that 90 validation cells want by 1,000 nats stay open
-with 0.4 and with 0.8."""
+the Zhao subset (a third of the training cells have the drug): masks that 90 validation cells want by 1,000 nats stay
+open with 0.4 and with 0.8."""
 
 
 def loss_of_shift(size: float, share: Tensor) -> Tensor:

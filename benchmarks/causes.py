@@ -30,19 +30,8 @@ from pertvae.benchmark._job import _safe
 from pertvae.cli import _quiet
 
 METRICS = ("l2_profile", "pearson_delta_perturbed", "slope", "energy_distance")
-COLUMNS = [
-    "data",
-    "model",
-    "change",
-    "reference",
-    "metric",
-    "model_value",
-    "reference_value",
-    "difference",
-    "lower",
-    "upper",
-]
-COLUMNS += ["interval", "n_conditions", "n_seeds", "active_latents"]
+COLUMNS = ["data", "model", "change", "reference", "metric", "model_value", "reference_value", "difference"]
+COLUMNS += ["lower", "upper", "interval", "n_conditions", "n_seeds", "active_latents"]
 CLASSES = {"samsvae": pv.SAMSVAE, "conditionalvae": pv.ConditionalVAE, "cpavae": pv.CPAVAE, "svaeplus": pv.SVAEPlus}
 STEPS = {"samsvae": 10_000}  # of a default training
 DEFAULT = "default"

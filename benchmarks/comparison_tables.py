@@ -44,11 +44,23 @@ def screen(metric: str, kind: str) -> dict[str, str]:
     files = sorted(RESULTS.glob(f"comparison_{kind}_[0-9]_summary.csv"))
     table = pd.concat(pd.read_csv(path) for path in files)
     rows = table[table["metric"] == metric].groupby("model")["value"].agg(["mean", "min", "max", "count"])
+    if len(files) == 1:
+        return {str(name): number(value) for name, value in rows["mean"].items()}
     return {
         str(name): f"{number(row['mean'])} ({number(row['min'])}, {number(row['max'])})"
         + (f" of {row['count']:.0f}" if row["count"] < len(files) else "")
         for name, row in rows.iterrows()
     }
+
+
+def screens(metric: str) -> dict[str, dict[str, str]]:
+    """Return the columns of the screens that were run; a title says so where seeds are missing."""
+    columns = {}
+    for kind in SCREENS:
+        seeds = [path.stem.split("_")[-2] for path in sorted(RESULTS.glob(f"comparison_{kind}_[0-9]_summary.csv"))]
+        if seeds:
+            columns[f"`{kind}`" + ("" if len(seeds) == 3 else f", seed {' '.join(seeds)} alone")] = screen(metric, kind)
+    return columns
 
 
 def markdown(columns: dict[str, dict[str, str]]) -> str:
@@ -87,7 +99,7 @@ def main() -> None:
         if given.what == "real":
             columns = {n: real(metric, n) for n in REAL if (RESULTS / f"comparison_{n}_summary.csv").exists()}
         else:
-            columns = {kind: screen(metric, kind) for kind in SCREENS if any(RESULTS.glob(f"comparison_{kind}_*"))}
+            columns = screens(metric)
         print(f"\n{metric}\n\n{markdown(columns)}")
 
 

@@ -23,16 +23,15 @@ import numpy as np
 import pandas as pd
 import torch
 from _common import RESULTS
+from _kept import CLASSES, kept_fits
 from comparison import jobs, read, run
 
-import pertvae as pv
 from pertvae.benchmark._job import _safe
 from pertvae.cli import _quiet
 
 METRICS = ("l2_profile", "pearson_delta_perturbed", "slope", "energy_distance")
 COLUMNS = ["data", "model", "change", "reference", "metric", "model_value", "reference_value", "difference"]
 COLUMNS += ["lower", "upper", "interval", "n_conditions", "n_seeds", "active_latents"]
-CLASSES = {"samsvae": pv.SAMSVAE, "conditionalvae": pv.ConditionalVAE, "cpavae": pv.CPAVAE, "svaeplus": pv.SVAEPlus}
 STEPS = {"samsvae": 10_000}  # of a default training
 DEFAULT = "default"
 
@@ -76,14 +75,11 @@ def arguments(change: Change, model: str, steps: float) -> tuple[dict[str, Any],
 
 
 def active_latents(folder: Path, name: str, cls: Any, adata: ad.AnnData, seeds: list[int]) -> float:
-    """Return in how many latents the basal state of the training cells varies, mean over kept fits of these seeds."""
+    """Return in how many latents the basal state of the training cells varies, mean over folds and seeds."""
     counts = []
-    for done in sorted(folder.glob("cache/models/*/fit.json")):
-        base, _, rest = done.parent.name.rpartition("-seed")
-        if base == _safe(name) and int(rest.split("-")[0]) in seeds:
-            model = cls.load(str(done.parent), adata=adata)
-            basal = model.get_latent_representation(indices=model.train_indices, kind="basal", key_added=None)
-            counts.append(int((basal.var(axis=0) > 0.01).sum()))
+    for _, _, model in kept_fits(folder, _safe(name), cls, adata, seeds):
+        basal = model.get_latent_representation(indices=model.train_indices, kind="basal", key_added=None)
+        counts.append(int((basal.var(axis=0) > 0.01).sum()))
     return float(np.mean(counts)) if counts else float("nan")
 
 

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from _common import RESULTS
 from _kept import CLASSES, kept_fits
-from comparison import jobs, read, run
+from comparison import REFERENCES, jobs, read, run
 
 from pertvae.benchmark._job import _safe
 from pertvae.cli import _quiet
@@ -106,7 +106,7 @@ def search(name: str, model: str, changes: list[str], seeds: list[int], folder: 
         options,
         dict.fromkeys(given, CLASSES[model]),
         folder / name,
-        references=[reference],
+        references={reference: REFERENCES[reference]},
         metrics=list(METRICS),
         model_kwargs={key: of_model for key, (of_model, _) in given.items()},
         train_kwargs={key: of_train for key, (_, of_train) in given.items()},

@@ -35,6 +35,9 @@ COLUMNS += ["lower", "upper", "interval", "n_conditions", "n_seeds", "active_lat
 STEPS = {"samsvae": 10_000}  # of a default training
 DEFAULT = "default"
 
+# the default monitor has the KL at full weight: with another weight it would stop at what is hardly trained
+AS_TRAINED = {"early_stopping_monitor": "validation_loss"}
+
 Change = dict[str, dict[str, Any]]
 CHANGES: dict[str, Change] = {
     DEFAULT: {},
@@ -42,8 +45,8 @@ CHANGES: dict[str, Change] = {
     "twice the training": {"length": {"factor": 2}},
     "no early stopping": {"train": {"early_stopping": False}},
     "Adam's eps 0.01": {"train": {"plan_kwargs": {"eps": 0.01}}},
-    "KL weight 0.1": {"train": {"plan_kwargs": {"max_kl_weight": 0.1}}},
-    "KL weight 3": {"train": {"plan_kwargs": {"max_kl_weight": 3.0}}},
+    "KL weight 0.1": {"train": {"plan_kwargs": {"max_kl_weight": 0.1}, **AS_TRAINED}},
+    "KL weight 3": {"train": {"plan_kwargs": {"max_kl_weight": 3.0}, **AS_TRAINED}},
     "KL warm-up": {"train": {"plan_kwargs": {"n_epochs_kl_warmup": 100}}},
     "10 latents": {"model": {"n_latent": 10}},
     "100 latents": {"model": {"n_latent": 100}},
